@@ -1,0 +1,1 @@
+"""tritonspeed's server side: everything behind a model repository's model.py."""

@@ -1,0 +1,1 @@
+"""What runs only inside a rank: everything that touches a device."""

@@ -1,0 +1,1 @@
+"""Attention over a paged KV cache, called by transformers' models through AttentionInterface."""

@@ -1,0 +1,109 @@
+"""EngineConfig: how one model is loaded and served. It does not know what the model is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from backend.errors import LoadError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+_IGNORED = {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRITON_BATCH_STRATEGY_PATH"}
+"""Parameters of config.pbtxt that Triton itself reads."""
+
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One model's parameters, as named in config.pbtxt. Zero means: derived when the model is loaded."""
+
+    model: str
+    """Folder of a Hugging Face checkpoint (config.json and safetensors)."""
+    tensor_parallel: int = 1
+    """Ranks; on CUDA one per GPU."""
+    dtype: str = "auto"
+    """Weights and KV cache; auto is the checkpoint's own on CUDA, float32 on CPU."""
+    device: str = "auto"
+    max_model_len: int = 0
+    """Longest prompt plus completion, tokens; 0: the model's own limit, or what the KV cache holds."""
+    block_size: int = 16
+    """Tokens in one block of the KV cache."""
+    kv_cache_fraction: float = 0.0
+    """Share of the memory that is free after loading; 0: 0.9 on CUDA, 0.1 on CPU."""
+    num_blocks: int = 0
+    """KV blocks; overrides kv_cache_fraction."""
+    max_sequences: int = 256
+    """Sequences that run together."""
+    step_tokens: int = 0
+    """Token budget of one step; 0: 2048 on CUDA, 512 on CPU."""
+    max_waiting: int = 1024
+    """Sequences that may wait; one more is refused (Overloaded)."""
+    prefix_cache: bool = True
+    """Whether requests find each other's KV blocks of a common prefix."""
+    run_ahead: bool = True
+    """Whether step N+1 is sent before step N's tokens have come back."""
+    cuda_graphs: bool = True
+    threads: int = 0
+    """CPU threads of a rank; 0: the cores shared evenly among the ranks on CPU, 1 on CUDA."""
+    default_max_tokens: int = 256
+    max_prompt_bytes: int = 1 << 20
+    max_prompts: int = 64
+    """Prompts in one request, times n."""
+    max_stop_strings: int = 16
+    step_timeout: float = 60.0
+    """Seconds after which a step that has not answered counts as a hung rank."""
+    load_timeout: float = 1800.0
+    max_restarts: int = 5
+    """Failed starts in a row before the model stays down."""
+    restart_backoff: float = 0.5
+    """Seconds before the first restart; doubles with each failed one, up to 30."""
+
+    def __post_init__(self) -> None:
+        _check(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        _check(self.device in DEVICES, f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
+        _check(0 <= self.kv_cache_fraction < 1, "kv_cache_fraction must be at least 0 and below 1")
+        for name in _POSITIVE:
+            _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        for field in fields(self):
+            if field.type in ("int", "float"):
+                _check(getattr(self, field.name) >= 0, f"{field.name} must not be negative")
+
+    @classmethod
+    def from_parameters(cls, given: Mapping[str, str]) -> EngineConfig:
+        """From strings by name; LoadError names what is unknown, missing or malformed."""
+        types = {field.name: str(field.type) for field in fields(cls)}
+        given = {name: value for name, value in given.items() if name not in _IGNORED}
+        if unknown := sorted(given.keys() - types.keys()):
+            raise LoadError(f"unknown parameter {unknown[0]!r} in config.pbtxt; known: {', '.join(types)}")
+        _check(bool(given.get("model")), "parameter 'model' is missing in config.pbtxt")
+        return cls(**{name: _parse(name, types[name], value) for name, value in given.items()})
+
+    @classmethod
+    def from_triton(cls, args: Mapping[str, str]) -> EngineConfig:
+        """From the arguments of a Triton model's `initialize`."""
+        parameters = json.loads(args["model_config"]).get("parameters", {})
+        return cls.from_parameters({name: value["string_value"] for name, value in parameters.items()})
+
+
+_POSITIVE = (
+    "tensor_parallel block_size max_sequences default_max_tokens max_prompt_bytes max_prompts step_timeout load_timeout"
+).split()
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise LoadError(message)
+
+
+def _parse(name: str, kind: str, value: str) -> Any:
+    try:
+        if kind == "bool":
+            return _FLAGS[value.strip().lower()]
+        return {"int": int, "float": float, "str": str}[kind](value)
+    except (ValueError, KeyError):
+        raise LoadError(f"parameter {name!r} in config.pbtxt must be a {kind}, not {value!r}") from None

@@ -1,0 +1,1 @@
+"""The thinking: which tokens to compute next. Imports neither torch nor Triton."""

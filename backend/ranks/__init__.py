@@ -1,0 +1,1 @@
+"""N identical processes that act as one: group.py is the parent's side, rank.py the child's."""
