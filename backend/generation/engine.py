@@ -1,0 +1,358 @@
+"""Engine: the thread that turns prompts into text, step by step. It does not know Triton, torch or who is asking.
+
+Callers leave work in an inbox and read a Stream; everything else (scheduler, rank group, books) belongs to the thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import inf
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from backend import checkpoint
+from backend.config import EngineConfig
+from backend.devices import resolved
+from backend.errors import Cancelled, DeadlineExceeded, EngineDown, InvalidInput, LoadError, Overloaded, ServingError
+from backend.generation.blocks import BlockPool
+from backend.generation.params import Defaults
+from backend.generation.plan import Sampled, pack
+from backend.generation.scheduler import Chunk, Scheduler
+from backend.generation.sequence import SamplingParams, Sequence
+from backend.generation.stream import Delta, Stream
+from backend.generation.text import Text
+from backend.generation.tokenizer import Tokenizer
+from backend.ranks.group import RankGroup, Report
+
+DECODER = "backend.compute.decoder:Decoder"
+IDLE_CHECK = 0.5
+"""Seconds between looks at the ranks' health while there is nothing to do."""
+CANCEL_POLL = 0.1
+"""Seconds between questions whether the caller is still there; each costs about 100 µs."""
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Odd, so that the samples of one prompt have different seeds (Weyl sequence)."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and what is wanted of it."""
+
+    token_ids: array[int]
+    params: SamplingParams
+    n: int = 1
+    priority: int = 0
+    timeout: float = inf
+    """Seconds from submission."""
+    salt: bytes = b""
+
+
+@dataclass(eq=False)
+class _Completion:
+    """A sequence and where its text goes."""
+
+    seq: Sequence
+    stream: Stream
+    index: int
+    text: Text
+    siblings: list[_Completion] = field(default_factory=list)
+    """Further samples of the same prompt: added when its first token shows that the prefix is cached."""
+    logprob: float = 0.0
+
+
+class Engine:
+    """Serves one generative model. `start`, then `stream` or `run` from any thread, then `close`."""
+
+    def __init__(self, config: EngineConfig, report: Report = print, worker: str = DECODER) -> None:
+        self.config = resolved(config)
+        self.folder = checkpoint.resolve(config.model, checkpoint.root())
+        self.config = replace(self.config, model=str(self.folder))
+        self._report = report
+        self._worker = worker
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._open: dict[int, _Completion] = {}
+        self._sent: deque[list[Chunk]] = deque()
+        self._closing = threading.Event()
+        self._down = "is loading"
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._started: Future[None] = Future()
+
+    # ---- any thread
+
+    def start(self) -> None:
+        """Load, warm up and begin to serve; LoadError with a one-line reason otherwise."""
+        for line in checkpoint.check(self.config).report():
+            self._report(line)
+        self.tokenizer = Tokenizer.from_folder(self.folder)
+        self.defaults = Defaults.from_folder(self.folder)
+        self._thread.start()
+        self._started.result()
+
+    @property
+    def healthy(self) -> bool:
+        return not self._down
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """The longest prompt that leaves room for one new token."""
+        return self.max_model_len - 1
+
+    def submit(self, prompts: list[Prompt], notify: Callable[[], None]) -> Stream:
+        """Queue the prompts as one request; `notify` is called on the engine's thread when there is news."""
+        if self._down:
+            raise EngineDown(f"the model {self._down}; try again later")
+        wanted = sum(prompt.n for prompt in prompts)
+        queued = self._scheduler.num_waiting + self._inbox.qsize()
+        if queued + wanted > self.config.max_waiting + self.config.max_sequences - self._scheduler.num_running:
+            raise Overloaded(f"{queued} sequences are waiting, the limit is {self.config.max_waiting}; try again later")
+        for prompt in prompts:
+            self._check_fits(prompt)
+        stream = Stream(wanted, notify)
+        self._inbox.put(partial(self._add, prompts, stream))
+        return stream
+
+    def abort(self, stream: Stream) -> None:
+        """End a request whose caller has gone; its blocks are free before the next step."""
+        self._inbox.put(partial(self._abort, stream))
+
+    def run(self, prompts: list[Prompt], timeout: float | None = None) -> Iterator[list[Delta]]:
+        """The news of a request as it comes, for threads; `timeout` seconds between two looks."""
+        news = threading.Event()
+        stream = self.submit(prompts, news.set)
+        try:
+            while not stream.done:
+                if not news.wait(timeout):
+                    raise EngineDown(f"no news for {timeout} s")
+                news.clear()
+                if deltas := stream.take():
+                    yield deltas
+        finally:
+            if not stream.done:
+                self.abort(stream)
+
+    async def stream(self, prompts: list[Prompt], cancelled: Callable[[], bool]) -> AsyncIterator[list[Delta]]:
+        """The news of a request as it comes, for coroutines; raises Cancelled soon after `cancelled()` is true."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        stream = self.submit(prompts, partial(loop.call_soon_threadsafe, news.set))
+        poll = loop.time()
+        try:
+            while not stream.done:
+                if loop.time() >= poll:
+                    if cancelled():
+                        raise Cancelled("the caller went away")
+                    poll = loop.time() + CANCEL_POLL
+                    timer = loop.call_at(poll, news.set)
+                await news.wait()
+                news.clear()
+                if deltas := stream.take():
+                    yield deltas
+        finally:
+            timer.cancel()
+            if not stream.done:
+                self.abort(stream)
+
+    def close(self) -> None:
+        """End the ranks and every request still open."""
+        self._closing.set()
+        self._inbox.put(lambda: None)  # wakes an idle thread
+        if self._down and self._thread.is_alive():
+            self._group.kill()  # a start that may take minutes
+        if self._thread.ident:
+            self._thread.join()
+
+    # ---- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._load()
+            self._started.set_result(None)
+        except BaseException as error:
+            self._started.set_exception(error)
+            return
+        while not self._closing.is_set():
+            try:
+                self._serve()
+            except Exception as error:
+                self._recover(error)
+        self._fail_all(EngineDown("the model is being unloaded"))
+        self._group.close()
+
+    def _serve(self) -> None:
+        depth = 1 if self.config.run_ahead else 0
+        while not self._closing.is_set():
+            self._drain(wait=not self._sent and self._scheduler.idle)
+            self._expire()
+            if chunks := self._scheduler.schedule():
+                self._group.send("step", pack(chunks, self.config.block_size))
+                self._sent.append(chunks)
+            if len(self._sent) > (depth if chunks else 0):
+                sampled = self._group.receive(self.config.step_timeout)[0]
+                self._commit(self._sent.popleft(), sampled)
+
+    def _drain(self, wait: bool) -> None:
+        """Do what callers left; if told so, wait for some and look after the ranks meanwhile."""
+        try:
+            self._inbox.get(block=wait, timeout=IDLE_CHECK)()
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            if wait:
+                self._group.check()
+
+    def _add(self, prompts: list[Prompt], stream: Stream) -> None:
+        index = 0
+        for prompt in prompts:
+            sequences = self._sequences(prompt)
+            completions = [
+                _Completion(seq, stream, index + sample, Text(self.tokenizer, seq.params.stop))
+                for sample, seq in enumerate(sequences)
+            ]
+            completions[0].siblings = completions[1:]
+            index += prompt.n
+            self._begin(completions[0])
+
+    def _sequences(self, prompt: Prompt) -> list[Sequence]:
+        """One for each sample; without the prefix cache only they share blocks."""
+        salt = prompt.salt if self.config.prefix_cache else os.urandom(16)
+        deadline = time.monotonic() + prompt.timeout
+        room = self.max_model_len - len(prompt.token_ids)
+        params = replace(prompt.params, max_tokens=min(prompt.params.max_tokens, room))
+        seeds = [(params.seed + sample * SEED_STEP) % 2**64 for sample in range(prompt.n)]
+        return [
+            Sequence(prompt.token_ids[:], replace(params, seed=seed), prompt.priority, deadline, salt) for seed in seeds
+        ]
+
+    def _begin(self, completion: _Completion) -> None:
+        self._open[completion.seq.arrival] = completion
+        self._scheduler.add(completion.seq)
+
+    def _commit(self, chunks: list[Chunk], sampled: Sampled) -> None:
+        """Record a computed step and tell its readers."""
+        news: dict[int, Stream] = {}
+        for accepted in self._scheduler.commit(chunks, sampled.token_ids.tolist()):
+            completion = self._open[accepted.seq.arrival]
+            logprob = None if sampled.logprobs is None else float(sampled.logprobs[accepted.row])
+            try:
+                completion.stream.put(self._delta(completion, accepted.token_id, logprob))
+            except Exception as error:  # a tokenizer's bug must not end the neighbours
+                self._end(completion.stream, ServingError(f"{type(error).__name__}: {error}"))
+            news[id(completion.stream)] = completion.stream
+        for stream in news.values():
+            stream.ring()
+
+    def _delta(self, completion: _Completion, token: int, logprob: float | None) -> Delta:
+        """What one more token adds; ends the sequence when it completes a stop string."""
+        seq, text = completion.seq, completion.text
+        delta = text.push([token]) if token not in seq.params.stop_token_ids else ""
+        if text.stopped and not seq.finish_reason:
+            self._scheduler.finish(seq, "stop")
+        if seq.finish_reason:
+            delta += text.finish()
+            del self._open[seq.arrival]
+        for sibling in completion.siblings:
+            self._begin(sibling)
+        completion.siblings = []
+        reported = logprob if seq.params.logprobs and logprob is not None else None
+        completion.logprob += reported or 0.0
+        logprobs = None if reported is None else [reported]
+        return Delta(completion.index, delta, [token], seq.finish_reason, completion.logprob, logprobs)
+
+    def _expire(self) -> None:
+        for seq in self._scheduler.expire(time.monotonic()):
+            if completion := self._open.get(seq.arrival):
+                self._end(completion.stream, DeadlineExceeded("the request's time limit passed before it was done"))
+
+    def _end(self, stream: Stream, error: ServingError) -> None:
+        stream.fail(error)
+        self._abort(stream)
+
+    def _abort(self, stream: Stream) -> None:
+        for completion in [c for c in self._open.values() if c.stream is stream]:
+            self._scheduler.abort(completion.seq)
+            del self._open[completion.seq.arrival]
+
+    def _check_fits(self, prompt: Prompt) -> None:
+        length, limit = len(prompt.token_ids), self.max_prompt_tokens
+        if not 1 <= length <= limit:
+            raise InvalidInput(f"the prompt has {length} tokens, the limit is {limit} (max_model_len - 1)")
+        if bad := [token for token in (min(prompt.token_ids), max(prompt.token_ids)) if not 0 <= token < self.vocab]:
+            raise InvalidInput(f"token id {bad[0]} is not in the vocabulary of {self.vocab}")
+
+    # ---- start and restart
+
+    def _load(self) -> None:
+        """Start the ranks, share out the memory, warm up."""
+        start = time.monotonic()
+        limit = self.config.load_timeout
+        self._group = RankGroup(self.config, self._worker, self._report)
+        self._group.start()
+        try:
+            capacities = self._group.call("capacity", timeout=limit)
+            self.vocab = capacities[0].vocab_size
+            blocks, self.max_model_len = self._share(min(c.num_blocks for c in capacities), capacities[0].max_model_len)
+            self._group.call("allocate", blocks, self.max_model_len, timeout=limit)
+            self._group.call("warm_up", timeout=limit)
+        except BaseException:
+            self._group.close()
+            raise
+        self._scheduler = Scheduler(
+            BlockPool(blocks, self.config.block_size), self.config.max_sequences, self.config.step_tokens
+        )
+        self._down = ""
+        self._report(
+            f"ready in {time.monotonic() - start:.1f} s: {blocks} KV blocks of {self.config.block_size} tokens, "
+            f"sequences up to {self.max_model_len} tokens"
+        )
+
+    def _share(self, blocks: int, longest: int) -> tuple[int, int]:
+        """KV blocks to allocate and the longest sequence, from what fits and what the model and configuration say."""
+        config, size = self.config, self.config.block_size
+        if config.max_model_len > longest:
+            raise LoadError(f"max_model_len {config.max_model_len} is more than the model's {longest}")
+        length = config.max_model_len or longest
+        useful = config.max_sequences * -(-length // size)
+        blocks = config.num_blocks or min(blocks, useful)
+        if config.max_model_len > blocks * size:
+            raise LoadError(
+                f"max_model_len {length} needs {-(-length // size)} KV blocks of {size} tokens, {blocks} fit"
+            )
+        if blocks < 1:
+            raise LoadError("no KV block fits into the free memory")
+        return blocks, min(length, blocks * size)
+
+    def _recover(self, error: Exception) -> None:
+        """After the ranks failed: tell everybody, then start them again, slower each time; give up after max_restarts."""
+        reason = str(error) if isinstance(error, ServingError) else f"{type(error).__name__}: {error}"
+        self._report(f"down: {reason}")
+        self._down = f"is restarting ({reason})"
+        self._group.close()
+        self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"))
+        for attempt in range(self.config.max_restarts):
+            if self._closing.wait(min(30.0, self.config.restart_backoff * 2**attempt)):
+                return
+            try:
+                return self._load()
+            except ServingError as failure:
+                self._report(f"restart {attempt + 1} failed: {failure}")
+                self._down = f"is restarting ({failure})"
+        self._down = f"has failed for good ({reason})"
+        while not self._closing.is_set():
+            self._fail_all(EngineDown(f"the model {self._down}"))
+            self._closing.wait(IDLE_CHECK)
+
+    def _fail_all(self, error: ServingError) -> None:
+        """End every request, those that are still in the inbox included."""
+        self._drain(wait=False)
+        self._sent.clear()
+        streams = {id(c.stream): c.stream for c in self._open.values()}
+        self._open.clear()
+        for stream in streams.values():
+            stream.fail(error)

@@ -1,0 +1,177 @@
+"""RankGroup: N rank processes that answer one question together. It does not know what they compute.
+
+A group lives and dies as one: when a rank ends, raises or does not answer in time, every call fails with EngineDown (or
+the rank's own LoadError) and the owner closes the group and starts another.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from backend import errors
+from backend.config import EngineConfig
+from backend.errors import EngineDown, LoadError, ServingError
+from backend.ranks.rank import Birth
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class _Member:
+    rank: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+
+
+class RankGroup:
+    """Starts the ranks, asks them, and ends them. One thread uses it; the ranks die with that thread."""
+
+    def __init__(self, config: EngineConfig, worker: str, report: Report = print) -> None:
+        self._config = config
+        self._worker = worker
+        self._report = report
+        self._members: list[_Member] = []
+        self._folder = ""
+
+    @property
+    def pids(self) -> list[int]:
+        return [member.process.pid for member in self._members]
+
+    def start(self) -> None:
+        """Start the ranks and wait until each has made its worker. Raises LoadError or EngineDown, with no rank left."""
+        self._folder = tempfile.mkdtemp(prefix="tritonspeed-ranks-")
+        try:
+            for rank in range(self._config.tensor_parallel):
+                self._members.append(self._spawn(rank))
+            self.receive(self._config.load_timeout)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def call(self, method: str, *arguments: Any, timeout: float | None = None) -> list[Any]:
+        """Ask every rank and wait for all: their answers in rank order."""
+        self.send(method, *arguments)
+        return self.receive(timeout or self._config.step_timeout)
+
+    def send(self, method: str, *arguments: Any) -> None:
+        """Ask every rank without waiting; `receive` gives the answers in the order of the questions."""
+        for member in self._members:
+            try:
+                member.connection.send((method, arguments))
+            except OSError:
+                raise _died(member) from None
+
+    def receive(self, timeout: float) -> list[Any]:
+        """Every rank's answer to the oldest question not yet received, seconds allowed for all of them."""
+        deadline = time.monotonic() + timeout
+        answers: dict[int, Any] = {}
+        waiting = {member.connection: member for member in self._members}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(member.rank for member in waiting.values())
+                raise EngineDown(f"rank {late[0]} has not answered for {timeout:g} s")
+            for connection in ready:
+                member = waiting[connection]  # type: ignore[index]  # wait() is typed wider than what it is given
+                if self._take(member, answers):
+                    del waiting[connection]  # type: ignore[arg-type]
+        return [answers[member.rank] for member in self._members]
+
+    def check(self) -> None:
+        """Raise EngineDown if a rank has ended."""
+        for member in self._members:
+            if member.process.poll() is not None:
+                raise _died(member)
+
+    def kill(self) -> None:
+        """End the ranks at once; any thread may call it, the owner's calls then fail with EngineDown."""
+        for member in self._members:
+            member.process.kill()
+
+    def close(self) -> None:
+        """End the ranks and wait until they are gone."""
+        self.kill()
+        for member in self._members:
+            member.process.wait()
+            member.connection.close()
+        self._members = []
+
+    def _spawn(self, rank: int) -> _Member:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [python(), "-m", "backend.ranks.rank", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=environment(self._config, rank),
+            )
+        connection = Connection(ours.detach())
+        world = self._config.tensor_parallel
+        connection.send(Birth(self._worker, self._config, rank, world, self._folder, os.getpid()))
+        return _Member(rank, process, connection)
+
+    def _take(self, member: _Member, answers: dict[int, Any]) -> bool:
+        """Read one message; whether it was the answer."""
+        try:
+            kind, value = member.connection.recv()
+        except (EOFError, OSError):
+            raise _died(member) from None
+        if kind == "progress":
+            self._report(f"rank {member.rank} | {value}")
+        elif kind == "error":
+            raise _raised(member.rank, *value)
+        else:
+            answers[member.rank] = value
+        return kind == "ok"
+
+
+def python() -> str:
+    """The interpreter to run a rank with. Inside Triton's stub sys.executable is not one."""
+    return os.environ.get("TRITONSPEED_PYTHON") or shutil.which("python3") or sys.executable
+
+
+def environment(config: EngineConfig, rank: int) -> dict[str, str]:
+    """A rank's environment: what torch, DeepSpeed and OpenMP read before any of our code runs."""
+    world = config.tensor_parallel
+    ours = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_SIZE": world,  # without it DeepSpeed's CPU all-reduce reads out of bounds
+        "OMP_NUM_THREADS": config.threads or 1,
+        "MKL_NUM_THREADS": config.threads or 1,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": 1,
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    defaults = {"DS_ACCELERATOR": "cpu"} if config.device == "cpu" else {}
+    return {**defaults, **os.environ, **{name: str(value) for name, value in ours.items()}}
+
+
+def _died(member: _Member) -> EngineDown:
+    try:
+        code = member.process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        return EngineDown(f"rank {member.rank} closed its connection")
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    return EngineDown(f"rank {member.rank} {how}")
+
+
+def _raised(rank: int, name: str, line: str) -> ServingError:
+    if name == LoadError.__name__:
+        return LoadError(line)
+    known = getattr(errors, name, None)
+    return EngineDown(f"rank {rank}: {line}" if known else f"rank {rank}: {name}: {line}")

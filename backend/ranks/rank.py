@@ -1,0 +1,115 @@
+"""One rank: `python -m backend.ranks.rank FD` answers its parent's questions, in order, until either of them ends.
+
+It does not know what the questions mean: a worker, named in the first message, has a method for each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+from backend.config import EngineConfig
+from backend.errors import ServingError
+
+
+@dataclass(frozen=True)
+class Birth:
+    """What a rank is told when it starts."""
+
+    worker: str
+    """module:class, called with this Birth and a function that tells the parent of progress."""
+    config: EngineConfig
+    rank: int
+    world: int
+    folder: str
+    """Where the ranks find each other; private to the group."""
+    parent: int
+
+
+Deferred = Callable[[], Any]
+"""An answer that a worker gives before it is known: calling it waits, and the next question is not kept waiting."""
+
+
+class Rank:
+    """The loop of one rank process."""
+
+    def __init__(self, connection: Connection, birth: Birth) -> None:
+        self._connection = connection
+        self._answers: SimpleQueue[Deferred] = SimpleQueue()
+        self._lock = threading.Lock()
+        module, _, name = birth.worker.partition(":")
+        self._worker = getattr(importlib.import_module(module), name)(birth, self._progress)
+        threading.Thread(target=self._answer_deferred, daemon=True).start()
+
+    def run(self) -> None:
+        """Answer until the parent closes its end."""
+        self._send("ok", None)
+        while True:
+            method, arguments = self._connection.recv()
+            answer = attempt(lambda: getattr(self._worker, method)(*arguments))  # noqa: B023 (called at once)
+            if answer[0] == "ok" and callable(answer[1]):
+                self._answers.put(answer[1])
+            else:
+                self._send(*answer)
+
+    def _answer_deferred(self) -> None:
+        while True:
+            self._send(*attempt(self._answers.get()))
+
+    def _progress(self, text: str) -> None:
+        self._send("progress", text)
+
+    def _send(self, kind: str, value: Any) -> None:
+        with self._lock:
+            self._connection.send((kind, value))
+
+
+def attempt(question: Callable[[], Any]) -> tuple[str, Any]:
+    """("ok", answer), or ("error", (class name, one line)) with the traceback on stderr unless it is one of ours."""
+    try:
+        return "ok", question()
+    except Exception as error:
+        if not isinstance(error, ServingError):
+            traceback.print_exc()
+        line = " ".join(str(error).split()) or type(error).__name__
+        return "error", (type(error).__name__, line[:2000])
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends, however it ends (Linux prctl(2))."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+
+
+def main() -> None:
+    """Live until the parent is gone."""
+    connection = Connection(int(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole foreground group; the parent decides
+    try:
+        birth = connection.recv()
+        die_with(birth.parent)
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print there
+        kind, rank = attempt(lambda: Rank(connection, birth))
+        if kind == "error":
+            connection.send((kind, rank))
+        else:
+            rank.run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+    os._exit(0)  # no destructors: destroying an NCCL group that a CUDA graph captured hangs
+
+
+if __name__ == "__main__":
+    main()

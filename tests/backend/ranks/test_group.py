@@ -1,0 +1,137 @@
+"""The rank group against a worker without a model: answers, order, deaths, time limits, and that nothing is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from backend.config import EngineConfig
+from backend.errors import EngineDown, LoadError
+from backend.ranks.group import RankGroup
+
+FAKES = Path(__file__).parents[2] / "fakes"
+
+
+@pytest.fixture(autouse=True)
+def _toy_is_importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    monkeypatch.setenv("TRITONSPEED_PYTHON", sys.executable)
+
+
+@pytest.fixture
+def group():
+    group = make(2)
+    group.start()
+    yield group
+    group.close()
+
+
+def make(world, lines=None, **parameters):
+    config = EngineConfig(model=parameters.pop("model", "toy"), tensor_parallel=world, **parameters)
+    return RankGroup(config, "toy_worker:Toy", (lines if lines is not None else []).append)
+
+
+def children():
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_every_rank_answers_in_rank_order(group):
+    assert group.call("add", 1, 2) == [3, 4]
+
+
+def test_answers_come_in_the_order_of_the_questions(group):
+    group.send("deferred", 0.2, "first")
+    group.send("deferred", 0.0, "second")
+    assert group.receive(5) == ["first", "first"]
+    assert group.receive(5) == ["second", "second"]
+
+
+def test_a_deferred_answer_does_not_hold_up_the_next_question(group):
+    start = time.monotonic()
+    group.send("deferred", 0.5, "slow")
+    assert time.monotonic() - start < 0.4
+    assert group.receive(5) == ["slow", "slow"]
+
+
+def test_progress_is_reported_in_lines():
+    lines = []
+    group = make(2, lines)
+    group.start()
+    group.close()
+    assert sorted(lines) == ["rank 0 | made", "rank 1 | made"]
+
+
+def test_a_load_error_keeps_its_class_and_becomes_one_line():
+    group = make(2, model="unloadable")
+    with pytest.raises(LoadError, match="^no such thing at all$"):
+        group.start()
+    assert group.pids == [] and children() == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_fails_the_call_at_once(group, rank):
+    with pytest.raises(EngineDown, match=f"rank {rank} was killed by SIGKILL"):
+        group.call("die", rank)
+
+
+def test_an_exit_status_is_named(group):
+    with pytest.raises(EngineDown, match="rank 1 ended with exit status 3"):
+        group.call("leave", 1)
+        group.call("add", 1, 1)
+
+
+def test_one_rank_that_raises_fails_the_call_though_the_others_are_busy(group):
+    with pytest.raises(EngineDown, match="rank 1: ValueError: it broke"):
+        group.call("fail", 1, "ValueError")
+
+
+def test_a_death_while_idle_is_noticed(group):
+    group.check()
+    os.kill(group.pids[1], signal.SIGKILL)
+    with pytest.raises(EngineDown, match="rank 1"):
+        for _ in range(100):
+            group.check()
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP])
+def test_a_hung_rank_is_named_when_its_time_is_up(group, number):
+    os.kill(group.pids[1], number)
+    with pytest.raises(EngineDown, match="rank 1 has not answered for 0.5 s"):
+        group.call("add", 1, 1, timeout=0.5)
+
+
+def test_kill_from_another_thread_ends_a_call(group):
+    threading.Timer(0.3, group.kill).start()
+    with pytest.raises(EngineDown):
+        group.call("sleep", 60)
+
+
+def test_nothing_is_left_after_close():
+    before = os.listdir("/proc/self/fd")
+    group = make(2)
+    group.start()
+    group.close()
+    assert children() == []
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_ranks_die_with_their_parent(tmp_path):
+    code = (
+        "import os, time\nfrom backend.config import EngineConfig\nfrom backend.ranks.group import RankGroup\n"
+        "group = RankGroup(EngineConfig(model='toy', tensor_parallel=2), 'toy_worker:Toy', lambda line: None)\n"
+        "group.start()\ngroup.send('sleep', 60)\nprint(*group.pids, flush=True)\ntime.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(psutil.pid_exists, pids))
+        parent.kill()
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=2)
+    assert not alive
