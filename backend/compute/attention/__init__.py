@@ -1,1 +1,1 @@
-"""Attention over a paged KV cache, called by transformers' models through AttentionInterface."""
+"""Attention over the paged KV cache. Imports nothing, so that a machine without Triton can import any part."""
