@@ -1,11 +1,21 @@
-"""Plan: one step as numpy arrays, what the scheduler's chunks mean to the ranks. It does not know how they compute it."""
+"""Plan: one step as numpy arrays, what the scheduler's chunks mean to the ranks. It does not know how they compute."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from backend.generation.sequence import SamplingParams
+
+if TYPE_CHECKING:  # the ranks read plans and need no scheduler
+    from backend.generation.scheduler import Chunk
 
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
@@ -39,9 +49,7 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         """Whether any row needs the counts of its earlier tokens."""
-        return bool(
-            (self.repetition_penalty != 1).any() or self.frequency_penalty.any() or self.presence_penalty.any()
-        )
+        return bool((self.repetition_penalty != 1).any() or self.frequency_penalty.any() or self.presence_penalty.any())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,3 +99,85 @@ class Capacity:
     max_model_len: int
     """The model's own limit, tokens."""
     vocab_size: int
+
+
+def pack(chunks: list[Chunk], block_size: int) -> Plan:
+    """Lay one step out as arrays.
+
+    To be called before anything else happens to the scheduler: slots and tokens are read from the sequences.
+    """
+    starts, lengths = _ints([chunk.start for chunk in chunks]), _ints([chunk.length for chunk in chunks])
+    kv_lengths = starts + lengths
+    query_starts = np.zeros(len(chunks) + 1, np.int32)
+    np.cumsum(lengths, out=query_starts[1:])
+    chunk_of = np.repeat(np.arange(len(chunks)), lengths)  # [T]
+    positions = np.arange(query_starts[-1], dtype=np.int32) + (starts - query_starts[:-1])[chunk_of]
+    tables = _block_tables(chunks, -(-kv_lengths // block_size))
+    blocks = tables[chunk_of, positions // block_size].astype(np.int64)  # [T]
+    sampling = [chunk for chunk in chunks if chunk.samples]
+    return Plan(
+        input_ids=_joined(chunk.seq.tokens[chunk.start : chunk.start + chunk.length] or _UNKNOWN for chunk in chunks),
+        positions=positions,
+        kv_slots=blocks * block_size + positions % block_size,
+        query_starts=query_starts,
+        kv_lengths=kv_lengths,
+        block_tables=tables,
+        slots=_ints([chunk.seq.slot for chunk in chunks]),
+        rows=np.flatnonzero(np.array([chunk.samples for chunk in chunks], bool)),
+        sampling=_sampling(sampling),
+        histories=tuple(_history(chunk) for chunk in chunks if chunk.first and chunk.seq.params.penalised),
+    )
+
+
+_UNKNOWN = array("i", [LAST_TOKEN])  # a token in flight is always a chunk of its own
+
+_floats_of = attrgetter("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
+
+def _sampling(chunks: list[Chunk]) -> Sampling:
+    params = [chunk.seq.params for chunk in chunks]
+    counters = [chunk.start + chunk.length - chunk.seq.prompt_length for chunk in chunks]
+    flat = np.fromiter(chain.from_iterable(map(_floats_of, params)), np.float32, 6 * len(params))
+    temperature, top_p, min_p, repetition, frequency, presence = np.ascontiguousarray(flat.reshape(-1, 6).T)
+    return Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=_ints([p.top_k for p in params]),
+        min_p=min_p,
+        repetition_penalty=repetition,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        seeds=np.array([p.seed for p in params], np.uint64).view(np.int64),
+        counters=np.array(counters, np.int64),
+        blocked=_blocked(params, counters),
+        logprobs=any(p.logprobs for p in params),
+    )
+
+
+def _blocked(params: list[SamplingParams], counters: list[int]) -> Longs:
+    early = [(row, p) for row, (p, counter) in enumerate(zip(params, counters, strict=True)) if counter < p.min_tokens]
+    pairs = [(row, token_id) for row, p in early for token_id in sorted(p.stop_token_ids)]
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+def _block_tables(chunks: list[Chunk], counts: Ints) -> Ints:
+    """Lay out each chunk's first `counts` blocks, 0 past the end."""
+    tables = np.zeros((len(chunks), counts.max(initial=0)), np.int32)
+    blocks = _joined(chunk.blocks[:count] for chunk, count in zip(chunks, counts.tolist(), strict=True))
+    tables[np.arange(tables.shape[1]) < counts[:, None]] = blocks
+    return tables
+
+
+def _history(chunk: Chunk) -> History:
+    """Copy all tokens: none is in flight when a sequence is given a slot."""
+    tokens, border = chunk.seq.tokens, chunk.seq.prompt_length
+    return History(chunk.seq.slot, prompt=_joined([tokens[:border]]), completion=_joined([tokens[border:]]))
+
+
+def _ints(values: list[int]) -> Ints:
+    return np.array(values, np.int32)
+
+
+def _joined(parts: Iterable[array[int]]) -> Ints:
+    """Copy int32 buffers, laid end to end, into a writable array."""
+    return np.frombuffer(bytearray().join(parts), np.int32)

@@ -1,4 +1,4 @@
-"""Sequence: one text being generated, its tokens and how many of them are computed. It does not know who asked for it."""
+"""Sequence: one text being generated, its tokens and how many of them are computed. It does not know who asked."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Sequence:
     slot: int = -1
     """Row of the ranks' per-sequence state while running."""
     finish_reason: str = ""
-    """stop, length or cancelled; empty while alive."""
+    """stop, length, cancelled or deadline; empty while alive."""
     prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:
