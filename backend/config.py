@@ -91,8 +91,15 @@ class EngineConfig:
 
 
 _POSITIVE = (
-    "tensor_parallel block_size max_sequences default_max_tokens max_prompt_bytes max_prompts step_timeout load_timeout"
-).split()
+    "tensor_parallel",
+    "block_size",
+    "max_sequences",
+    "default_max_tokens",
+    "max_prompt_bytes",
+    "max_prompts",
+    "step_timeout",
+    "load_timeout",
+)
 
 
 def _check(holds: bool, message: str) -> None:

@@ -13,8 +13,9 @@ from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import inf
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -63,8 +64,6 @@ class _Completion:
     stream: Stream
     index: int
     text: Text
-    siblings: list[_Completion] = field(default_factory=list)
-    """Further samples of the same prompt: added when its first token shows that the prefix is cached."""
     logprob: float = 0.0
 
 
@@ -208,19 +207,12 @@ class Engine:
                 self._group.check()
 
     def _add(self, prompts: list[Prompt], stream: Stream) -> None:
-        index = 0
-        for prompt in prompts:
-            sequences = self._sequences(prompt)
-            completions = [
-                _Completion(seq, stream, index + sample, Text(self.tokenizer, seq.params.stop))
-                for sample, seq in enumerate(sequences)
-            ]
-            completions[0].siblings = completions[1:]
-            index += prompt.n
-            self._begin(completions[0])
+        for index, seq in enumerate(chain.from_iterable(map(self._sequences, prompts))):
+            self._open[seq.arrival] = _Completion(seq, stream, index, Text(self.tokenizer, seq.params.stop))
+            self._scheduler.add(seq)
 
     def _sequences(self, prompt: Prompt) -> list[Sequence]:
-        """One for each sample; without the prefix cache only they share blocks."""
+        """One for each sample; without the prefix cache only these share blocks."""
         salt = prompt.salt if self.config.prefix_cache else os.urandom(16)
         deadline = time.monotonic() + prompt.timeout
         room = self.max_model_len - len(prompt.token_ids)
@@ -229,10 +221,6 @@ class Engine:
         return [
             Sequence(prompt.token_ids[:], replace(params, seed=seed), prompt.priority, deadline, salt) for seed in seeds
         ]
-
-    def _begin(self, completion: _Completion) -> None:
-        self._open[completion.seq.arrival] = completion
-        self._scheduler.add(completion.seq)
 
     def _commit(self, chunks: list[Chunk], sampled: Sampled) -> None:
         """Record a computed step and tell its readers."""
@@ -251,15 +239,14 @@ class Engine:
     def _delta(self, completion: _Completion, token: int, logprob: float | None) -> Delta:
         """What one more token adds; ends the sequence when it completes a stop string."""
         seq, text = completion.seq, completion.text
+        if token < 0:
+            raise ServingError("the model's logits are not finite")
         delta = text.push([token]) if token not in seq.params.stop_token_ids else ""
         if text.stopped and not seq.finish_reason:
             self._scheduler.finish(seq, "stop")
         if seq.finish_reason:
             delta += text.finish()
             del self._open[seq.arrival]
-        for sibling in completion.siblings:
-            self._begin(sibling)
-        completion.siblings = []
         reported = logprob if seq.params.logprobs and logprob is not None else None
         completion.logprob += reported or 0.0
         logprobs = None if reported is None else [reported]
@@ -329,7 +316,7 @@ class Engine:
         return blocks, min(length, blocks * size)
 
     def _recover(self, error: Exception) -> None:
-        """After the ranks failed: tell everybody, then start them again, slower each time; give up after max_restarts."""
+        """After the ranks failed: tell everybody, start them again, slower each time; give up after max_restarts."""
         reason = str(error) if isinstance(error, ServingError) else f"{type(error).__name__}: {error}"
         self._report(f"down: {reason}")
         self._down = f"is restarting ({reason})"

@@ -49,7 +49,7 @@ class RankGroup:
         return [member.process.pid for member in self._members]
 
     def start(self) -> None:
-        """Start the ranks and wait until each has made its worker. Raises LoadError or EngineDown, with no rank left."""
+        """Start the ranks and wait for their workers. Raises LoadError or EngineDown, with no rank left."""
         self._folder = tempfile.mkdtemp(prefix="tritonspeed-ranks-")
         try:
             for rank in range(self._config.tensor_parallel):

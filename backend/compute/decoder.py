@@ -1,0 +1,189 @@
+"""Decoder: a rank's worker for generation; it turns plans into tokens. It does not know requests or text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from backend.checkpoint import Checkpoint
+from backend.compute.attention.step import Step
+from backend.compute.cache import KVCache, bytes_per_block, probe
+from backend.compute.graphs import DecodeGraph, sizes
+from backend.compute.load import load
+from backend.compute.sampler import Sampler
+from backend.compute.tensor_parallel import connect
+from backend.config import EngineConfig
+from backend.errors import LoadError
+from backend.generation.plan import LAST_TOKEN, Capacity, Plan, Sampled, Sampling
+from backend.ranks.rank import Birth, Deferred
+
+
+class Decoder:
+    """One rank's weights, KV cache, per-slot state and CUDA graphs. Every rank gets every plan, in order."""
+
+    def __init__(self, birth: Birth, progress: Callable[[str], None]) -> None:
+        self._config, self._rank, self._world = birth.config, birth.rank, birth.world
+        self._progress = progress if birth.rank == 0 else lambda text: None
+        self._device = torch.device(birth.config.device, birth.rank if birth.config.device == "cuda" else None)
+        self._checkpoint = Checkpoint.open(birth.config.model)
+        self._dtype = dtype_of(birth.config, self._checkpoint)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        else:
+            torch.set_num_threads(birth.config.threads)
+        connect(birth.rank, birth.world, self._device, birth.folder)
+        self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
+        self._specs = probe(self._model, self._device)
+        self._sampler = Sampler(self._checkpoint.vocab_size, self._config.max_sequences, self._device)
+        self._last = torch.zeros(self._config.max_sequences, dtype=torch.int64, device=self._device)  # by slot
+        self._graphs: dict[int, DecodeGraph] = {}
+
+    def capacity(self) -> Capacity:
+        """What fits beside the weights and the largest step's activations."""
+        size, config = self._config.block_size, self._config
+        if self._device.type == "cuda":
+            self.allocate(-(-config.step_tokens // size) + 1, self._checkpoint.max_model_len)
+            self._run(prefill(config.step_tokens, config.step_tokens, size))  # its activations stay reserved
+            del self._cache
+            free = torch.cuda.mem_get_info()[0]
+        else:
+            free = psutil.virtual_memory().available // self._world
+        blocks = int(free * config.kv_cache_fraction) // bytes_per_block(self._specs, size, self._dtype)
+        return Capacity(blocks, self._checkpoint.max_model_len, self._checkpoint.vocab_size)
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> None:
+        """Make the KV cache, for sequences up to `max_model_len` tokens."""
+        self._max_model_len = max_model_len
+        self._cache = KVCache(self._specs, num_blocks, self._config.block_size, self._dtype, self._device)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """A prefill of the full budget, and a decode of every size that has a CUDA graph (without: of one and of all)."""
+        config, longest = self._config, min(self._max_model_len, self._cache.num_blocks * self._config.block_size)
+        self._run(prefill(config.step_tokens, longest, config.block_size))
+        graphs = self._device.type == "cuda" and config.cuda_graphs
+        for done, size in enumerate(captured := sizes(config.max_sequences) if graphs else [1, config.max_sequences]):
+            if graphs:
+                self._graphs[size] = self._capture(size)
+            self._run(decode(size))
+            self._progress(f"warm-up: decode of {size} sequences, {done + 1} of {len(captured)}")
+
+    def step(self, plan: Plan) -> Sampled | Deferred:
+        """Compute the plan; the answer of rank 0 counts."""
+        return self._answer(*self._run(plan))
+
+    @torch.inference_mode()
+    def _run(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """Sampled token ids [R] and log-probabilities [R] or None, on the device."""
+        slots = self._put(plan.slots).long()
+        logits = self._logits(plan, self._input_ids(plan, slots))
+        rows = self._put(plan.rows)
+        token_ids, logprobs = self._sampler.sample(logits.float(), plan.sampling, slots[rows], plan.histories)
+        if self._world > 1 and self._device.type == "cuda" and not plan.sampling.greedy:
+            torch.distributed.broadcast(token_ids, 0)  # a scan on CUDA may round differently on another GPU
+        self._last[slots[rows]] = token_ids
+        return token_ids, logprobs
+
+    def _input_ids(self, plan: Plan, slots: Tensor) -> Tensor:
+        """[T] with the tokens that only the ranks know."""
+        ids = self._put(plan.input_ids).long()
+        lengths = np.diff(plan.query_starts)
+        return torch.where(ids == LAST_TOKEN, self._last[self._put(np.repeat(plan.slots, lengths)).long()], ids)
+
+    def _logits(self, plan: Plan, ids: Tensor) -> Tensor:
+        """[R, vocabulary], of the last token of each chunk that samples."""
+        count = len(plan.rows)
+        if plan.decode and (size := next((size for size in self._graphs if size >= count), 0)):
+            return self._graphs[size].replay(plan, ids)
+        ends = self._put(plan.query_starts[1:][plan.rows] - 1 if count else np.zeros(1, np.int64)).long()
+        step = Step.from_plan(plan, self._device, self._cache)
+        return self._forward(ids, self._put(plan.positions).long(), step, ends)[:count]
+
+    def _forward(self, ids: Tensor, positions: Tensor, step: Step, keep: Tensor | int) -> Tensor:
+        output = self._model(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, step=step, logits_to_keep=keep
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _capture(self, size: int) -> DecodeGraph:
+        return DecodeGraph(self._forward, size, -(-self._max_model_len // self._config.block_size), self._cache)
+
+    def _answer(self, token_ids: Tensor, values: Tensor | None) -> Sampled | Deferred:
+        if self._device.type != "cuda":
+            return Sampled(token_ids.int().numpy(), values.float().numpy() if values is not None else None)
+        copies = [t.to("cpu", non_blocking=True) if t is not None else None for t in (token_ids.int(), values)]
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def answer() -> Sampled:
+            copied.synchronize()
+            ids, values = (None if copy is None else copy.numpy() for copy in copies)
+            return Sampled(ids, values)
+
+        return answer
+
+    def _put(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+    def _told_share(self) -> Callable[[float], None]:
+        """Progress in tenths of the weights."""
+        told = 0
+
+        def tell(share: float) -> None:
+            nonlocal told
+            if int(share * 10) > told:
+                told = int(share * 10)
+                self._progress(f"loaded {told * 10} % of the weights")
+
+        return tell
+
+
+def dtype_of(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The configured type; auto is the checkpoint's on CUDA and float32 on CPU."""
+    name = config.dtype
+    if name == "auto":
+        name = checkpoint.dtype if config.device == "cuda" else "float32"
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise LoadError(f"the checkpoint's dtype {name} cannot be served; set dtype to float32, bfloat16 or float16")
+    return dtype
+
+
+def prefill(tokens: int, longest: int, block_size: int) -> Plan:
+    """A made-up step of `tokens` tokens in chunks of at most `longest`, for warm-up: its results are thrown away."""
+    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+    width = -(-longest // block_size)
+    return made_up(
+        np.array(lengths, np.int32), np.tile(np.arange(width, dtype=np.int32), (len(lengths), 1)), block_size
+    )
+
+
+def decode(sequences: int) -> Plan:
+    """A made-up step of one token for each of `sequences` sequences."""
+    return made_up(np.ones(sequences, np.int32), np.zeros((sequences, 1), np.int32), 1)
+
+
+def made_up(lengths: np.ndarray, tables: np.ndarray, block_size: int) -> Plan:
+    """A plan of whole sequences of zeros that overwrite each other's blocks; all sample greedily."""
+    count = len(lengths)
+    positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    zeros, ones = np.zeros(count, np.float32), np.ones(count, np.float32)
+    ints, longs = np.zeros(count, np.int32), np.zeros(count, np.int64)
+    return Plan(
+        input_ids=np.zeros(len(positions), np.int32),
+        positions=positions,
+        kv_slots=positions.astype(np.int64),
+        query_starts=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+        kv_lengths=lengths.astype(np.int32),
+        block_tables=tables,
+        slots=np.arange(count, dtype=np.int32),
+        rows=np.arange(count, dtype=np.int64),
+        sampling=Sampling(
+            zeros, ones, ints, zeros, ones, zeros, zeros, longs, longs, np.zeros((0, 2), np.int64), False
+        ),
+    )
