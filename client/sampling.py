@@ -1,0 +1,198 @@
+"""The table of sampling keys: how each is checked, typed and sent. It does not know what is in range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.errors import InvalidInput
+from client.tensors import strings, text
+
+
+class Sampling(TypedDict, total=False):
+    """Keyword arguments of generate, all optional; the model's own defaults apply to those not given."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int
+    stop: str | list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    exclude_input_in_output: bool
+    return_finish_reason: bool
+    return_num_input_tokens: bool
+    return_num_output_tokens: bool
+    return_cumulative_logprob: bool
+    return_logprobs: bool
+    cache_salt: str
+    priority: int
+    max_length: int
+    do_sample: bool
+
+
+@dataclass(frozen=True)
+class Key:
+    """One sampling key: its value's kind, a line of help, the tensor that carries it (else a request parameter)."""
+
+    name: str
+    kind: str
+    help: str
+    tensor: str = ""
+
+
+def _tensors() -> Iterable[Key]:
+    for name, kind, about, *tensor in (
+        ("max_tokens", "int32", "new tokens at most"),
+        ("min_tokens", "int32", "new tokens at least"),
+        ("temperature", "fp32", "0 is greedy"),
+        ("top_p", "fp32", "smallest set of tokens with this share of the probability; 1 is off"),
+        ("top_k", "int32", "most likely tokens that are considered; 0 is off"),
+        ("min_p", "fp32", "least probability, as a share of the likeliest token's"),
+        ("repetition_penalty", "fp32", "over prompt and completion; 1 is off"),
+        ("frequency_penalty", "fp32", "for each earlier occurrence; 0 is off"),
+        ("presence_penalty", "fp32", "for any earlier occurrence; 0 is off"),
+        ("seed", "uint64", "the same seed gives the same text"),
+        ("n", "int32", "samples of each prompt"),
+        ("stop", "strings", "text that ends the completion; may be given several times", "stop_words"),
+        ("stop_token_ids", "int32s", "tokens that end the completion"),
+        ("ignore_eos", "bool", "go on after the model's end token"),
+        ("exclude_input_in_output", "bool", "leave the prompt out of the text"),
+        ("return_finish_reason", "bool", ""),
+        ("return_num_input_tokens", "bool", ""),
+        ("return_num_output_tokens", "bool", ""),
+        ("return_cumulative_logprob", "bool", "the completion's log-probability"),
+        ("return_logprobs", "bool", "each token's log-probability"),
+    ):
+        yield Key(name, kind, about, *tensor or [name])
+
+
+KEYS: dict[str, Key] = {key.name: key for key in _tensors()} | {
+    "cache_salt": Key("cache_salt", "string", "share cached prefixes only with requests of the same salt"),
+    "priority": Key("priority", "uint64", "lower goes first"),
+    "max_length": Key("max_length", "int32", "prompt and completion together, tokens"),
+    "do_sample": Key("do_sample", "bool", "false is greedy"),
+}
+
+ALIASES = {
+    "min_length": "min_tokens",
+    "random_seed": "seed",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "stop_words": "stop",
+}
+"""Names that other servers use."""
+
+DEFAULTS: dict[str, Any] = {
+    "exclude_input_in_output": True,
+    "return_finish_reason": True,
+    "return_num_input_tokens": True,
+    "return_num_output_tokens": True,
+}
+"""What this client asks for unless told otherwise."""
+
+
+def encode_options(options: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Tensors of shape [1, k] and request parameters; an option of None is left to the model.
+
+    Raises InvalidInput naming a key that is unknown, given twice or of the wrong type.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    parameters: dict[str, Any] = {}
+    for name, value in (DEFAULTS | _canonical(options)).items():
+        key = KEYS[name]
+        if value is None:
+            continue
+        row = _KINDS[key.kind](name, value)
+        if key.tensor:
+            tensors[key.tensor] = row
+        else:
+            parameters[name] = row.item().decode() if row.dtype == object else row.item()
+    return tensors, parameters
+
+
+def _canonical(options: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for given, value in options.items():
+        name = ALIASES.get(given, given)
+        if name not in KEYS:
+            raise InvalidInput(f"unknown option {given!r}; known: {', '.join(KEYS)}")
+        if name in found:
+            both = " and ".join(repr(each) for each in options if ALIASES.get(each, each) == name)
+            raise InvalidInput(f"{both} are names of the same option: give one")
+        found[name] = value
+    return found
+
+
+def _integer(low: int, high: int, dtype: type[np.generic]) -> Callable[[str, Any], NDArray[Any]]:
+    def row(name: str, value: Any) -> NDArray[Any]:
+        return np.array([[_whole(name, value, low, high)]], dtype)  # [1, 1]
+
+    return row
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InvalidInput(f"{name} must be a whole number, not {value!r}")
+    number = int(value)
+    if not low <= number <= high:
+        raise InvalidInput(f"{name} must be from {low} to {high}, not {number}")
+    return number
+
+
+def _integers(name: str, value: Any) -> NDArray[Any]:
+    values = [value] if isinstance(value, int) else _items(name, value)
+    return np.array([[_whole(name, item, *_INT32) for item in values]], np.int32)  # [1, k]
+
+
+def _float(name: str, value: Any) -> NDArray[Any]:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise InvalidInput(f"{name} must be a number, not {value!r}")
+    if not abs(float(value)) <= _FP32_MAX:  # nan too
+        raise InvalidInput(f"{name} must be a finite number, not {value!r}")
+    return np.array([[value]], np.float32)  # [1, 1]
+
+
+def _bool(name: str, value: Any) -> NDArray[Any]:
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidInput(f"{name} must be True or False, not {value!r}")
+    return np.array([[value]], np.bool_)  # [1, 1]
+
+
+def _string(name: str, value: Any) -> NDArray[Any]:
+    return strings(text(value, name))
+
+
+def _strings(name: str, value: Any) -> NDArray[Any]:
+    return strings(*(text(item, name) for item in ([value] if isinstance(value, str) else _items(name, value))))
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InvalidInput(f"{name} must be a list, not {value!r}")
+    return list(value)
+
+
+_FP32_MAX = float(np.finfo(np.float32).max)
+
+_INT32 = (-(2**31), 2**31 - 1)
+
+_KINDS: dict[str, Callable[[str, Any], NDArray[Any]]] = {
+    "int32": _integer(*_INT32, np.int32),
+    "uint64": _integer(0, 2**64 - 1, np.uint64),
+    "int32s": _integers,
+    "fp32": _float,
+    "bool": _bool,
+    "string": _string,
+    "strings": _strings,
+}

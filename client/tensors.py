@@ -1,0 +1,74 @@
+"""Requests and responses as numpy arrays by name. It does not know which names a task has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient import utils
+
+from client.errors import InvalidInput, ServerError
+from client.transport import Request, Response
+
+Tensors = Mapping[str, NDArray[Any]]
+Parameters = Mapping[str, str | int | float | bool]
+
+
+def encode(model: str, tensors: Tensors, parameters: Parameters) -> Request:
+    """One request; arrays of dtype object hold bytes and become BYTES."""
+    request = Request(model_name=model)
+    for name, array in tensors.items():
+        datatype = utils.np_to_triton_dtype(array.dtype)
+        request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+        request.raw_input_contents.append(_bytes(array) if datatype == "BYTES" else array.tobytes())
+    for name, value in parameters.items():
+        _set(request, name, value)
+    return request
+
+
+def decode(response: Response) -> dict[str, NDArray[Any]]:
+    """The output tensors by name; BYTES become str (dtype object)."""
+    if len(response.raw_output_contents) != len(response.outputs):
+        raise ServerError("the server's answer holds no raw tensors; is it a Triton server?")
+    pairs = zip(response.outputs, response.raw_output_contents, strict=True)
+    return {output.name: _array(output.datatype, raw).reshape(tuple(output.shape)) for output, raw in pairs}
+
+
+def text(value: str, name: str) -> bytes:
+    """UTF-8 of a string; InvalidInput where it has lone surrogates."""
+    if not isinstance(value, str):
+        raise InvalidInput(f"{name} must be a string, not {type(value).__name__}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{name} is not valid Unicode: lone surrogate at character {error.start}") from None
+
+
+def strings(*values: bytes) -> NDArray[np.object_]:
+    """A row of BYTES."""
+    return np.array([values], dtype=np.object_)  # [1, k]
+
+
+def _bytes(array: NDArray[Any]) -> bytes:
+    packed: bytes = utils.serialize_byte_tensor(array).item() if array.size else b""
+    return packed
+
+
+def _array(datatype: str, raw: bytes) -> NDArray[Any]:
+    if datatype == "BYTES":
+        return np.array([item.decode() for item in utils.deserialize_bytes_tensor(raw)], dtype=np.object_)
+    dtype = utils.triton_to_np_dtype(datatype)
+    if dtype is None:
+        raise ServerError(f"the server's answer has a tensor of type {datatype!r}, which this client does not know")
+    return np.frombuffer(raw, dtype=dtype)
+
+
+def _set(request: Request, name: str, value: str | int | float | bool) -> None:
+    """A request parameter; Triton takes `priority` as unsigned, other whole numbers as signed."""
+    if name == "priority":
+        request.parameters[name].uint64_param = int(value)
+        return
+    kind = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}[type(value)]
+    setattr(request.parameters[name], kind, value)
