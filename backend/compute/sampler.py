@@ -167,8 +167,10 @@ def gumbel(key: Tensor, other: Tensor, ids: Tensor) -> Tensor:
 
 
 def _nucleus(scores: Tensor, top_p: Tensor, widest: int) -> Tensor:
-    """Scores [G, V] less those before which the more likely tokens reach top_p [G, 1]; at most `widest` are finite
-    but for ties of the last."""
+    """Scores [G, V] less those before which the more likely tokens reach top_p [G, 1].
+
+    At most `widest` of a row are finite, but for ties of the last.
+    """
     ordered = _descending(scores) if widest >= scores.shape[-1] else scores.topk(widest).values  # [G, widest]
     mass = (ordered - scores.logsumexp(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
     kept = (mass[:, :-1] < top_p).sum(dim=-1, keepdim=True)  # [G, 1], less one: the first always stays
