@@ -1,0 +1,133 @@
+"""Which checkpoint tensors make which parameter, and reading one rank's part of them; not how the model was sharded.
+
+Names follow transformers' own conversion rules (renamed, prefixed or merged tensors), so both load the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from backend.errors import LoadError
+from backend.model_folder import Checkpoint
+
+Cut = Callable[[torch.Tensor], torch.Tensor]
+
+_LEFTOVERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$", r"\.(attn|attention)\.bias$")
+"""Tensors that old checkpoints carry and models compute: never read."""
+
+
+@dataclass
+class Recipe:
+    """The checkpoint tensors that one parameter, or several at once, are made of."""
+
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    """Tensor names, by the pattern of the conversion that takes them."""
+    converter: Any = None
+    """transformers' WeightConverter; None where the tensor is the parameter."""
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.sources.values() for name in names]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A rank's part of a tensor along one dimension; -1 is all of it, which `cut` then cuts if there is one."""
+
+    dimension: int = -1
+    start: int = 0
+    stop: int = 0
+    cut: Cut | None = None
+
+    def of(self, tensor: Any) -> torch.Tensor:
+        """Take the part of a tensor, or of a safetensors slice, of which no more than this is then read."""
+        if self.dimension == 0:
+            part = tensor[self.start : self.stop]
+        elif self.dimension == 1:
+            part = tensor[:, self.start : self.stop]
+        else:
+            part = tensor[...]
+        assert isinstance(part, torch.Tensor)
+        return part if self.cut is None else self.cut(part)
+
+
+WHOLE = Span()
+
+
+def recipes(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """List recipes by the first parameter each makes. LoadError names a tensor that the model has no place for.
+
+    `model` is whole: sharding changes neither names nor this.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    targets: dict[str, Any] = model.state_dict()
+    prefix = model.base_model_prefix
+    found: dict[str, Recipe] = {}
+    for name in sorted(checkpoint.tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, targets)
+        if target not in targets and name in targets:
+            target, pattern = name, None
+        if target in targets:
+            _add(found, target, name, pattern, by_pattern)
+        elif not _ignored(name, model):
+            raise LoadError(f"tensor {name!r} of the checkpoint has no place in {type(model).__name__}")
+    return found
+
+
+def _add(found: dict[str, Recipe], target: str, name: str, pattern: str | None, rules: dict[str, Any]) -> None:
+    recipe = found.setdefault(target, Recipe(converter=None if pattern is None else rules[pattern]))
+    if recipe.sources and (pattern is None or recipe.converter is None):
+        raise LoadError(f"tensors {recipe.names[0]!r} and {name!r} of the checkpoint both make {target!r}")
+    recipe.sources.setdefault(pattern or name, []).append(name)
+
+
+def _ignored(name: str, model: PreTrainedModel) -> bool:
+    patterns: Iterable[str] = [*_LEFTOVERS, *(model._keys_to_ignore_on_load_unexpected or ())]
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+class Reader:
+    """Reads tensors of a checkpoint, memory mapped: the host holds one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._files: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def part(self, name: str, span: Span = WHOLE) -> torch.Tensor:
+        """Read a part of a tensor onto the host, as stored."""
+        file = self.checkpoint.tensors[name].file
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+        return span.of(self._files[file].get_slice(name))
+
+    def make(self, target: str, recipe: Recipe, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Whole parameters by name, through transformers' conversion; only where the recipe has one."""
+        rule = deepcopy(recipe.converter)
+        for pattern, names in recipe.sources.items():
+            for name in names:
+                rule.add_tensor(target, name, pattern, lambda name=name: self.part(name))
+        made = rule.convert(target, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}

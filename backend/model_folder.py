@@ -1,0 +1,221 @@
+"""Checkpoint: what a Hugging Face model folder holds, read from JSON and safetensors headers alone.
+
+It knows neither torch nor whether the model can be served; nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from backend.errors import LoadError
+
+MODEL_ROOT = "TRITONSPEED_MODEL_ROOT"
+"""Environment variable: the folder that every model must lie in."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+"""Bytes of a safetensors dtype; those left out take one (8-bit types and narrower ones, rounded up)."""
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+_LENGTHS = ["max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx"]
+
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def root() -> Path | None:
+    """Return the folder that every model must lie in, if the environment names one."""
+    return Path(os.environ[MODEL_ROOT]) if os.environ.get(MODEL_ROOT) else None
+
+
+def resolve(model: str, root: Path | None) -> Path:
+    """Find the folder of `model`, links followed. LoadError if there is none, or something in it leads out of the root.
+
+    Without a root any folder is allowed, and a relative one is looked for in the working directory.
+    """
+    folder = (Path(model) if root is None else root / model).expanduser().resolve()
+    if root is not None:
+        _check_inside([folder], root.resolve(), model)
+    if not folder.is_dir():
+        raise LoadError(f"no such model folder: {folder}")
+    if root is not None:
+        _check_inside(folder.iterdir(), root.resolve(), model)
+    return folder
+
+
+def _check_inside(paths: Iterable[Path], root: Path, model: str) -> None:
+    for path in paths:
+        if not path.resolve().is_relative_to(root):
+            raise LoadError(f"model {model!r} leads out of the model root {root} ({path.name})")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint, by its header."""
+
+    name: str
+    dtype: str
+    """As safetensors names it: F32, BF16, F16, ..."""
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * _BYTES.get(self.dtype, 1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder: its config.json and the headers of its tensors."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Checkpoint:
+        """LoadError names the file that is missing, truncated or malformed."""
+        folder = Path(folder)
+        config = _read_json(folder / "config.json")
+        return cls(folder, config, _read_tensors(folder))
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def architectures(self) -> list[str]:
+        return list(self.config.get("architectures") or [])
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of config.json: a multimodal model nests it."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @cached_property
+    def dtype(self) -> str:
+        """float32, bfloat16 or float16: what config.json says, else what most bytes are stored in."""
+        for config in (self.config, self.text_config):
+            named = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+            if named in _DTYPES.values():
+                return named
+        stored = dict.fromkeys(_DTYPES, 0)
+        for tensor in self.tensors.values():
+            if tensor.dtype in stored:
+                stored[tensor.dtype] += tensor.bytes
+        return _DTYPES[max(stored, key=stored.__getitem__)]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.text_config.get("vocab_size", 0))
+
+    @cached_property
+    def max_model_len(self) -> int:
+        """Tokens that the model was made for; 0 if config.json does not say.
+
+        YaRN reaches `factor` times its original length. Dynamic NTK and LongRoPE choose frequencies by the longest text
+        of a batch, which would make an answer depend on its neighbours: they count up to the original length,
+        where the choice is the same for all. Other kinds state the scaled length already.
+        """
+        config = self.text_config
+        length = next((int(config[name]) for name in _LENGTHS if config.get(name)), 0)
+        for rope in _ropes(config):
+            kind = rope.get("rope_type") or rope.get("type")
+            original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+            if kind == "yarn":
+                length = max(length, int((original or length) * float(rope.get("factor") or 1)))
+            elif kind in ("dynamic", "longrope", "su") and original:
+                length = min(length, int(original))
+        return length
+
+
+def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every RoPE description in a config: one, or one for each kind of layer."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested: list[Mapping[str, Any]] = [value for value in given.values() if isinstance(value, dict)]
+    return nested or [given]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoadError(f"{path} is missing: not a Hugging Face model folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} must hold a JSON object")
+    return value
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    if (folder / INDEX).exists():
+        return _read_indexed(folder)
+    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise LoadError(_no_weights(folder, files))
+    return _read_header(files[0])
+
+
+def _read_indexed(folder: Path) -> dict[str, Tensor]:
+    index = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise LoadError(f"{folder / INDEX} has no weight_map")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(index.values())):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise LoadError(f"{folder / INDEX} names {name!r}, which is not a safetensors file beside it")
+        tensors |= _read_header(folder / name)
+    if lost := sorted(name for name, file in index.items() if name not in tensors or tensors[name].file.name != file):
+        raise LoadError(f"{folder / INDEX} puts {lost[0]!r} in {index[lost[0]]}, which does not hold it")
+    return {name: tensors[name] for name in index}
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise LoadError(f"weight file {file} is missing: the download is not complete")
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return {
+                name: Tensor(name, part.get_dtype(), tuple(part.get_shape()), file) for name, part in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadError(f"weight file {file} is corrupt or truncated: {error}") from None
+
+
+def _no_weights(folder: Path, files: list[Path]) -> str:
+    if files:
+        return f"{folder} holds {len(files)} safetensors files and no {INDEX}"
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+    if not pickled:
+        return f"{folder} holds no weights: expected {SINGLE} or {INDEX}"
+    return (
+        f"{folder} holds pickled weights only ({pickled[0]}); pickle can run code and is refused. Convert them once, if"
+        " you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+    )
