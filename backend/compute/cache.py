@@ -1,8 +1,8 @@
 """KVCache: the keys and values of all layers, in blocks; it does not know whose a block is.
 
 Layout: per layer one tensor [blocks + 1, block size, 2, kv heads, dim], keys at 0 and values at 1 of the third
-dimension. A token's key and value lie side by side, so one gather fetches both: on CPU, 16 sequences of 500 tokens, that
-takes about two thirds of the time of two tensors. The last block is scratch: padding rows of a step write there.
+dimension. A token's key and value lie side by side, so that one gather fetches both: on CPU, for 16 sequences of 500
+tokens, in about two thirds of the time of two tensors. The last block is scratch: padding rows of a step write there.
 """
 
 from __future__ import annotations

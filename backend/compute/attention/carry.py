@@ -1,4 +1,4 @@
-"""Carries `step` past decoder layers that drop keyword arguments (StableLM, Nemotron); it does not know what it carries.
+"""Carries `step` past decoder layers that drop keyword arguments (StableLM, Nemotron); it knows nothing of it.
 
 Elsewhere transformers hands `step` down by itself and nothing of this is installed.
 """

@@ -70,7 +70,7 @@ def _at(position: int) -> Tensor:
 
 def _stated(config: Any, layer: int) -> int:
     kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[layer] == "full_attention" or getattr(config, "use_sliding_window", True) is False:
+    if (kinds is not None and kinds[layer] == "full_attention") or getattr(config, "use_sliding_window", True) is False:
         return 0
     return getattr(config, "sliding_window", None) or 0
 

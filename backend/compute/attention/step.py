@@ -22,7 +22,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """S chunks of T tokens. A static step (see `static`) keeps its shapes and tensors, so a CUDA graph can hold them."""
+    """S chunks of T tokens. A static step (see `static`) keeps its shapes and tensors, so a CUDA graph can hold it."""
 
     cache: KVCache
     kv_slots: Tensor  # int64 [T]
@@ -63,9 +63,20 @@ class Step:
 
     @classmethod
     def _of(cls, cache: KVCache, device: torch.device, slots: Longs, starts: Ints, lengths: Ints, tables: Ints) -> Step:
-        tensors = (torch.tensor(array).to(device, non_blocking=True) for array in (slots, starts, lengths, tables))
-        decode = len(slots) == len(lengths)
-        return cls(cache, *tensors, decode, starts, lengths, kernel(device.type))
+        def on_device(array: Ints | Longs) -> Tensor:
+            return torch.tensor(array).to(device, non_blocking=True)
+
+        return cls(
+            cache=cache,
+            kv_slots=on_device(slots),
+            query_starts=on_device(starts),
+            kv_lengths=on_device(lengths),
+            block_tables=on_device(tables),
+            decode=len(slots) == len(lengths),
+            host_starts=starts,
+            host_lengths=lengths,
+            kernel=kernel(device.type),
+        )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """One layer's attention: [heads, tokens, dim], twice [kv heads, tokens, dim] -> [tokens, heads, dim]."""

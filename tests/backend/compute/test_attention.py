@@ -1,4 +1,4 @@
-"""paged() under transformers' own models equals eager attention with transformers' own masks, however the text is cut."""
+"""paged() under transformers' models equals eager attention with transformers' own masks, however the text is cut."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from backend.compute.attention import masks
 from backend.compute.attention.base import kernel
 from backend.compute.attention.paged import paged, register
@@ -16,7 +18,6 @@ from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, LayerSpec, probe
 from backend.errors import LoadError
 from backend.generation.plan import Plan
-from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)
 

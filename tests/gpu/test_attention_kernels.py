@@ -1,0 +1,212 @@
+"""The kernels equal reference.py in float32 on fresh random inputs: dtypes, head sizes, groups, windows, caps, sinks.
+
+They need CUDA. TRITON_INTERPRET=1 runs most of them on CPU, where OpenAI Triton is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from backend.compute.attention import reference
+from backend.compute.attention.base import Rule
+from backend.compute.attention.step import Step
+from backend.compute.cache import KVCache, LayerSpec
+from backend.generation.plan import Plan
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs CUDA"),
+]
+from backend.compute.attention import kernels  # noqa: E402
+
+ERROR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Largest error allowed, relative to the largest magnitude of the result."""
+if INTERPRETED:
+    del ERROR[torch.bfloat16]  # the interpreter of OpenAI Triton 3.6 multiplies the bit patterns of bfloat16
+SHORT = [(1, 0), (5, 0), (37, 0), (1, 60), (1, 0), (16, 16), (3, 45), (1, 15), (30, 33)]
+"""(tokens now, tokens before) of each chunk: prefill, continued prefill and decode in one step."""
+DECODE = [(1, before) for before in (0, 1, 15, 16, 63, 64, 200, 31)]
+LONG = [(1, 4000), (1, 300), (1, 2047), (1, 2048)]
+
+
+def case(chunks: list[tuple[int, int]], block_size: int, seed: int) -> Plan:
+    """A plan of these chunks over blocks in random order."""
+    rng = random.Random(seed)
+    counts, _befores = zip(*chunks, strict=True)
+    needed = [-(-(count + before) // block_size) for count, before in chunks]
+    blocks = rng.sample(range(sum(needed) + 3), sum(needed))
+    tables = np.zeros((len(chunks), max(needed)), np.int32)
+    slots = []
+    for row, (count, before) in enumerate(chunks):
+        tables[row, : needed[row]] = [blocks.pop() for _ in range(needed[row])]
+        at = np.arange(before, before + count)
+        slots.append(tables[row, at // block_size].astype(np.int64) * block_size + at % block_size)
+    none: Any = None
+    return Plan(
+        input_ids=none,
+        positions=none,
+        kv_slots=np.concatenate(slots),
+        query_starts=np.cumsum([0, *counts]).astype(np.int32),
+        kv_lengths=np.array([count + before for count, before in chunks], np.int32),
+        block_tables=tables,
+        slots=none,
+        rows=none,
+        sampling=none,
+    )
+
+
+class Fixture:
+    """Random queries, keys, values and cache; the same for the kernel, and in float32 for the reference."""
+
+    def __init__(
+        self,
+        chunks: list[tuple[int, int]],
+        dtype: torch.dtype,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        block_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        self.plan = case(chunks, block_size, seed)
+        blocks = int(self.plan.block_tables.max()) + 1
+        generator = torch.Generator().manual_seed(seed)
+        tokens = int(self.plan.query_starts[-1])
+        shapes = ((heads, tokens, dim), (kv_heads, tokens, dim), (kv_heads, tokens, dim))
+        self.inputs = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+        self.sinks = (torch.randn(heads, generator=generator) * 3).to(DEVICE, dtype)
+        self.cache = KVCache([LayerSpec(kv_heads, dim)], blocks, block_size, dtype, DEVICE)
+        self.exact = KVCache([LayerSpec(kv_heads, dim)], blocks, block_size, torch.float32, DEVICE)
+        self.cache.layers[0].copy_(torch.randn(self.cache.layers[0].shape, generator=generator))
+        self.exact.layers[0].copy_(self.cache.layers[0])
+
+    def check(self, rule: Rule) -> None:
+        step = Step.from_plan(self.plan, DEVICE, self.cache)
+        result = kernels.attend(*self.inputs, 0, step, rule)
+        exact = Step.from_plan(self.plan, DEVICE, self.exact)
+        expected = reference.attend(*(x.float() for x in self.inputs), 0, exact, rule)
+        assert result.dtype == self.cache.dtype
+        assert torch.equal(self.cache.layers[0].float(), self.exact.layers[0])
+        error = (result.float() - expected).abs().max() / expected.abs().max()
+        assert error < ERROR[self.cache.dtype], float(error)
+
+    def rules(self) -> list[Rule]:
+        scale = self.inputs[0].shape[-1] ** -0.5
+        return [
+            Rule(scale),
+            Rule(scale * 2, window=20),
+            Rule(scale * 3, softcap=2.5),
+            Rule(scale, sinks=self.sinks),
+            Rule(scale, window=7, softcap=30.0, sinks=self.sinks),
+        ]
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("chunks", [SHORT, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("rule", range(5), ids=["plain", "window", "cap", "sinks", "all"])
+def test_rules(dtype: torch.dtype, chunks: list[tuple[int, int]], rule: int) -> None:
+    made = Fixture(chunks, dtype, 64, 6, 2, seed=rule)
+    made.check(made.rules()[rule])
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("chunks", [SHORT, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(("dim", "block_size"), [(8, 16), (64, 1), (80, 16), (96, 32), (128, 16), (192, 7), (256, 16)])
+def test_head_sizes(dtype: torch.dtype, chunks: list[tuple[int, int]], dim: int, block_size: int) -> None:
+    Fixture(chunks, dtype, dim, 4, 2, block_size, dim).check(Rule(dim**-0.5, window=33))
+
+
+@pytest.mark.parametrize("chunks", [SHORT, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (3, 1), (12, 12), (32, 8), (40, 8), (48, 1), (71, 1)])
+def test_groups(chunks: list[tuple[int, int]], heads: int, kv_heads: int) -> None:
+    made = Fixture(chunks, torch.float32, 32, heads, kv_heads)
+    made.check(Rule(0.2, sinks=made.sinks))
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("rule", range(5), ids=["plain", "window", "cap", "sinks", "all"])
+def test_long_context_is_split(dtype: torch.dtype, rule: int) -> None:
+    made = Fixture(LONG, dtype, 128, 4, 1, seed=rule)
+    step = Step.from_plan(made.plan, DEVICE, made.cache)
+    assert kernels._splits(step, 1, 0) > 1
+    made.check(made.rules()[rule])
+    made.check(Rule(0.1, window=1000))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="long")
+def test_long_prefill() -> None:
+    Fixture([(2048, 0), (1, 3000), (1000, 5000), (1, 1)], torch.bfloat16, 128, 32, 8).check(Rule(0.09))
+    Fixture([(2048, 0), (1, 3000), (1000, 5000)], torch.bfloat16, 256, 8, 4).check(Rule(0.06, 1024, 50.0))
+
+
+def test_strided_inputs() -> None:
+    made = Fixture(SHORT, torch.float32, 64, 6, 2)
+    made.inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in made.inputs]
+    made.check(Rule(0.125))
+    made.inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in made.inputs]
+    made.check(Rule(0.125))
+
+
+def test_rubbish_of_earlier_owners_is_not_read() -> None:
+    for chunks in (SHORT, DECODE):
+        made = Fixture(chunks, torch.float32, 64, 6, 2)
+        lengths, tables = made.plan.kv_lengths, made.plan.block_tables
+        used = {int(tables[s, p // 16]) * 16 + p % 16 for s in range(len(lengths)) for p in range(lengths[s])}
+        unused = [slot for slot in range(made.cache.scratch_slot) if slot not in used]
+        for cache in (made.cache, made.exact):
+            cache.tokens(0)[unused] = torch.nan
+        step = Step.from_plan(made.plan, DEVICE, made.cache)
+        expected = reference.attend(*made.inputs, 0, Step.from_plan(made.plan, DEVICE, made.exact), Rule(0.1))
+        torch.testing.assert_close(kernels.attend(*made.inputs, 0, step, Rule(0.1)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [13, 300])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_padded_static_step(width: int, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a sequence give finite output and write to scratch alone, one program a row or split."""
+    monkeypatch.setattr(kernels, "_processors", lambda _: 132)
+    made = Fixture(DECODE, torch.float32, 64, 6, 2)
+    rule = Rule(0.125, sinks=made.sinks if sinks else None)
+    step = Step.static(made.cache, 16, width)
+    assert (kernels._splits(step, 2, 0) > 1) == (width == 300)
+    step.fill(made.plan)
+    before = made.cache.layers[0].clone()
+    padded = [torch.cat([x, torch.randn_like(x)], 1) for x in made.inputs]
+    result = kernels.attend(*padded, 0, step, rule)
+    expected = reference.attend(*made.inputs, 0, Step.from_plan(made.plan, DEVICE, made.exact), rule)
+    torch.testing.assert_close(result[:8], expected, rtol=1e-5, atol=1e-5)
+    assert result.isfinite().all()
+    assert torch.equal(made.cache.layers[0][:-1], made.exact.layers[0][:-1])
+    assert not torch.equal(made.cache.layers[0], before)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
+def test_cuda_graph_follows_new_values() -> None:
+    """A captured static step computes whatever plan is filled in later, however long its context."""
+    dtype = torch.bfloat16
+    made = Fixture(LONG, dtype, 128, 32, 8)
+    step = Step.static(made.cache, 8, 300)
+    static = [torch.zeros(x.shape[0], 8, 128, dtype=x.dtype, device=DEVICE) for x in made.inputs]
+    kernels.attend(*static, 0, step, Rule(0.09))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = kernels.attend(*static, 0, step, Rule(0.09))
+    for x, given in zip(static, made.inputs, strict=True):
+        x[:, :4] = given
+    step.fill(made.plan)
+    graph.replay()
+    expected = reference.attend(
+        *(x.float() for x in made.inputs), 0, Step.from_plan(made.plan, DEVICE, made.exact), Rule(0.09)
+    )
+    error = (result[:4].float() - expected).abs().max() / expected.abs().max()
+    assert error < ERROR[dtype]
