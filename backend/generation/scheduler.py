@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from backend.errors import InvalidInput
@@ -111,15 +111,17 @@ class Scheduler:
 
         Empty, though not `idle`, when nothing can be done before a step in flight is committed.
         """
-        chunks: dict[Sequence, Chunk] = {}
         preemptions = self.preemptions
-        budget = self._continue_running(chunks)
+        chunks = self._continue_running()
         if self.preemptions == preemptions:
-            self._admit_waiting(chunks, budget)
-        return list(chunks.values())
+            budget = self.step_tokens - sum(chunk.length for chunk in chunks)
+            chunks += self._admit_waiting(budget)
+        return chunks
 
-    def commit(self, chunks: Iterable[Chunk], token_ids: Iterable[int]) -> list[Accepted]:
+    def commit(self, chunks: list[Chunk], token_ids: list[int]) -> list[Accepted]:
         """Record a computed step: `token_ids` holds one token for each chunk that samples, in order."""
+        if len(token_ids) != (rows := sum([chunk.samples for chunk in chunks])):
+            raise ValueError(f"{len(token_ids)} tokens for {rows} rows")
         accepted = []
         sampled = enumerate(token_ids)
         for chunk in chunks:
@@ -141,21 +143,22 @@ class Scheduler:
         if taken != list(range(len(taken))) or any(seq in self._waiting for seq in self._running):
             raise RuntimeError("the books of the scheduler do not balance: slots")
 
-    def _continue_running(self, chunks: dict[Sequence, Chunk]) -> int:
-        """Add the running sequences' chunks; returns what is left of the budget."""
+    def _continue_running(self) -> list[Chunk]:
+        chunks = []
         budget = self.step_tokens
         for seq in sorted(self._running, key=_turn):
             if not budget:
                 break
             if seq.slot < 0 or seq.room <= 0:  # preempted a moment ago, or all it may ask for is in flight
                 continue
-            if self._make_room(seq, seq.computed + min(seq.pending, budget), chunks):
-                chunks[seq] = chunk = _advance(seq, budget)
-                budget -= chunk.length
-        return budget
+            if self._make_room(seq, seq.computed + min(seq.pending, budget)):
+                chunks.append(_advance(seq, budget))
+                budget -= chunks[-1].length
+        return chunks
 
-    def _admit_waiting(self, chunks: dict[Sequence, Chunk], budget: int) -> None:
-        """Add first chunks of waiting sequences in their order, until one finds no room."""
+    def _admit_waiting(self, budget: int) -> list[Chunk]:
+        """Give waiting sequences their first chunks, in their order, until one finds no room."""
+        chunks = []
         held_back = []
         while budget and self._free_slots and (seq := self._waiting.first()):
             if self.pool.awaits(seq):
@@ -165,17 +168,20 @@ class Scheduler:
                 break  # spare: without a block for each running sequence the next steps would preempt this one again
             else:
                 self._enter(seq)
-                chunks[seq] = chunk = _advance(seq, budget, first=True)
-                budget -= chunk.length
+                chunks.append(_advance(seq, budget, first=True))
+                budget -= chunks[-1].length
         for seq in held_back:
             self._waiting.push(seq)
+        return chunks
 
-    def _make_room(self, seq: Sequence, length: int, chunks: dict[Sequence, Chunk]) -> bool:
-        """Blocks for `length` tokens of `seq`, by preemption if need be; False if it was itself preempted."""
+    def _make_room(self, seq: Sequence, length: int) -> bool:
+        """Get blocks for `length` tokens of `seq`, by preemption if need be; False if it was itself preempted.
+
+        Who is preempted has no chunk in this step yet: only sequences with one token to go need more blocks than they
+        were admitted with, they come first in a step, the oldest before the others, and the youngest is preempted.
+        """
         while not self.pool.grow(seq, length):
             victim = max(self._running, key=_order)
-            if (chunk := chunks.pop(victim, None)) is not None:
-                victim.in_flight -= chunk.samples
             self._leave(victim)
             self._waiting.push(victim)
             self.preemptions += 1

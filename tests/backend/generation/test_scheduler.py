@@ -1,221 +1,261 @@
-"""Any schedule must give the tokens that one sequence at a time would.
-
-The fuzz plays the ranks: it computes the packed plans on a simulated KV memory, whose cells hold the hash of the whole
-prefix that they were written for, so that a stale or foreign block read anywhere is found.
-"""
-
 from __future__ import annotations
 
-import os
-import random
 from array import array
-from collections import Counter, deque
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from math import inf
+from typing import Any
 
 import pytest
 
 from backend.errors import InvalidInput
 from backend.generation.blocks import BlockPool
-from backend.generation.plan import LAST_TOKEN, Plan, pack
 from backend.generation.scheduler import Chunk, Scheduler
 from backend.generation.sequence import SamplingParams, Sequence
 
-VOCABULARY = 29
-ROUNDS = int(os.environ.get("TRITONSPEED_FUZZ_ROUNDS", "100"))
-"""Schedules of each of the 20 fuzz tests."""
+
+def sequence(length: int, max_tokens: int = 8, first: int = 0, **given: Any) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset(given.pop("stop", ())))
+    return Sequence(array("i", range(first, first + length)), params, **given)
 
 
-# The model: a cell is the hash of all tokens up to its own; the next token depends on the last cell and the row's inputs.
+def scheduler(num_blocks: int = 100, block_size: int = 4, max_sequences: int = 8, step_tokens: int = 16) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks, block_size), max_sequences, step_tokens)
 
 
-def mixed(*values: object) -> int:
-    return int.from_bytes(blake2b(repr(values).encode(), digest_size=8).digest(), "big")
+def added(to: Scheduler, *sequences: Sequence) -> tuple[Sequence, ...]:
+    for seq in sequences:
+        to.add(seq)
+    return sequences
 
 
-def cells_of(tokens: list[int], salt: bytes) -> list[int]:
-    cells, cell = [], mixed(salt)
-    for token in tokens:
-        cells.append(cell := mixed(cell, token))
-    return cells
+def step(of: Scheduler, token_id: int = 99) -> list[Chunk]:
+    chunks = of.schedule()
+    of.commit(chunks, [token_id] * sum(chunk.samples for chunk in chunks))
+    of.check()
+    return chunks
 
 
-def choice(cell: int, seed: int, counter: int, counts: object, blocked: set[int]) -> int:
-    attempt = 0
-    while (token := mixed(cell, seed, counter, counts, attempt) % VOCABULARY) in blocked:
-        attempt += 1
-    return token
+def test_a_long_prompt_delays_no_decode() -> None:
+    s = scheduler()
+    decodes = added(s, *(sequence(1, 100, first=i) for i in range(3)))
+    step(s)
+    (long,) = added(s, sequence(60, 100, first=50, priority=-1))
+    for _ in range(4):
+        chunks = step(s)
+        assert [chunk.seq for chunk in chunks] == [*decodes, long]
+        assert sum(chunk.length for chunk in chunks) == s.step_tokens
+    assert [len(seq.completion) for seq in decodes] == [5, 5, 5]
+    assert step(s)[-1].samples
+    assert len(long.completion) == 1
 
 
-def frozen(counts: tuple[Counter[int], Counter[int]]) -> object:
-    return tuple(tuple(sorted(counter.items())) for counter in counts)
+def test_every_running_sequence_advances_however_small_the_step() -> None:
+    s = scheduler(max_sequences=8, step_tokens=3)
+    added(s, *(sequence(4, 50, first=10 * i) for i in range(5)))
+    for _ in range(8):
+        step(s)
+    before = {seq: seq.computed for seq in s._running}
+    assert s.num_running == 3
+    step(s)
+    assert all(seq.computed > before[seq] for seq in before)
 
 
-@dataclass
-class Truth:
-    """What a sequence must become: computed alone, and past its end, for steps that were sent too early."""
-
-    tokens: list[int]
-    length: int
-    reason: str
-    cells: list[int]
-
-
-def truth_of(seq: Sequence) -> Truth:
-    params, prompt = seq.params, list(seq.tokens)
-    tokens, length, reason = list(prompt), 0, ""
-    for index in range(params.max_tokens):
-        counts = frozen((Counter(prompt), Counter(tokens[len(prompt) :]))) if params.penalised else None
-        blocked = set(params.stop_token_ids) if index < params.min_tokens else set()
-        tokens.append(choice(cells_of(tokens, seq.salt)[-1], params.seed, index, counts, blocked))
-        if not reason and tokens[-1] in params.stop_token_ids:
-            length, reason = len(tokens), "stop"
-    return Truth(tokens, length or len(tokens), reason or "length", cells_of(tokens, seq.salt))
+def test_admission_is_by_priority_then_arrival() -> None:
+    s = scheduler(max_sequences=1)
+    late, low, high = added(s, sequence(2), sequence(2, priority=1), sequence(2, priority=-1))
+    order = []
+    while not s.idle:
+        order += [chunk.seq for chunk in step(s) if chunk.first]
+    assert order == [high, late, low]
 
 
-@dataclass
-class Ranks:
-    """Computes plans in order; knows of sequences only what is in the plans, but for checks."""
-
-    block_size: int
-    kv: dict[int, int] = field(default_factory=dict)
-    last: dict[int, int] = field(default_factory=dict)
-    counts: dict[int, tuple[Counter[int], Counter[int]]] = field(default_factory=dict)
-
-    def step(self, plan: Plan, chunks: list[Chunk], truths: dict[Sequence, Truth]) -> list[int]:
-        for history in plan.histories:
-            self.counts[history.slot] = Counter(history.prompt.tolist()), Counter(history.completion.tolist())
-        for s, chunk in enumerate(chunks):
-            self._write(plan, s, chunk.seq.salt)
-        for s, chunk in enumerate(chunks):
-            seen = [self.kv[self._address(plan, s, position)] for position in range(plan.kv_lengths[s])]
-            assert seen == truths[chunk.seq].cells[: len(seen)]
-        return [self._sample(plan, row, s) for row, s in enumerate(plan.rows.tolist())]
-
-    def _write(self, plan: Plan, s: int, salt: bytes) -> None:
-        for t in range(plan.query_starts[s], plan.query_starts[s + 1]):
-            position, token = int(plan.positions[t]), int(plan.input_ids[t])
-            if token == LAST_TOKEN:
-                token = self.last[int(plan.slots[s])]
-            before = self.kv[self._address(plan, s, position - 1)] if position else mixed(salt)
-            assert plan.kv_slots[t] == self._address(plan, s, position)
-            self.kv[int(plan.kv_slots[t])] = mixed(before, token)
-
-    def _address(self, plan: Plan, s: int, position: int) -> int:
-        block, offset = divmod(position, self.block_size)
-        return int(plan.block_tables[s, block]) * self.block_size + offset
-
-    def _sample(self, plan: Plan, row: int, s: int) -> int:
-        how, slot = plan.sampling, int(plan.slots[s])
-        penalised = how.repetition_penalty[row] != 1 or how.frequency_penalty[row] or how.presence_penalty[row]
-        counts = self.counts[slot] if penalised else None
-        cell = self.kv[self._address(plan, s, int(plan.kv_lengths[s]) - 1)]
-        seed, counter = int(how.seeds[row]) % 2**64, int(how.counters[row])
-        blocked = {token for r, token in how.blocked.tolist() if r == row}
-        token = choice(cell, seed, counter, counts and frozen(counts), blocked)
-        if counts:
-            counts[1][token] += 1
-        self.last[slot] = token
-        return token
+def test_chunks_of_one_step_share_its_budget() -> None:
+    s = scheduler(step_tokens=16)
+    added(s, sequence(10), sequence(10, first=20), sequence(10, first=40))
+    assert [(c.start, c.length, c.samples, c.first) for c in step(s)] == [(0, 10, True, True), (0, 6, False, True)]
+    assert [(c.start, c.length, c.samples, c.first) for c in step(s)] == [
+        (10, 1, True, False),
+        (6, 4, True, False),
+        (0, 10, True, True),
+    ]
 
 
-class Game:
-    """One random schedule: sequences come, go and expire while steps are computed `depth` behind the scheduler."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = rng = random.Random(seed)
-        size = rng.choice([1, 2, 3, 4, 8])
-        self.pool = BlockPool(rng.choice([6, 12, 40, 200]), size, prefix_cache=rng.random() < 0.9)
-        self.scheduler = Scheduler(self.pool, rng.randint(1, 10), rng.choice([1, 3, 8, 64]))
-        self.ranks = Ranks(size)
-        self.depth = rng.choice([0, 0, 1, 1, 1, 1, 2, 3])
-        self.sent: deque[tuple[list[Chunk], Plan]] = deque()
-        self.now = 0.0
-        self.room = min(self.pool.num_blocks * size, 40)
-        self.stem = [rng.randrange(VOCABULARY) for _ in range(self.room)]
-        self.coming = [self._sequence() for _ in range(rng.randint(1, 16))]
-        self.truths = {seq: truth_of(seq) for seq in self.coming}
-
-    def _sequence(self) -> Sequence:
-        rng = self.rng
-        own = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 3))]
-        prompt = (self.stem[: rng.randint(0, self.room // 2)] + own)[: max(1, self.room // 2)]
-        max_tokens = rng.randint(1, self.room + 1 - len(prompt))
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=rng.choice([0, 0, rng.randint(0, max_tokens)]),
-            seed=rng.choice([0, 7, 2**64 - 1]),
-            stop_token_ids=frozenset(rng.sample(range(VOCABULARY), rng.choice([0, 1, 3]))),
-            **rng.choice([{}, {}, {"repetition_penalty": 1.5}, {"presence_penalty": -0.5}, {"frequency_penalty": 1.0}]),
-        )
-        deadline = rng.choice([inf, inf, inf, rng.uniform(0, 40)])
-        salt = rng.choice([b"", b"", b"tenant"])
-        return Sequence(array("i", prompt), params, rng.choice([0, 0, 1, -1]), deadline, salt)
-
-    def play(self) -> None:
-        steps = 0
-        while self.coming or self.sent or not self.scheduler.idle:
-            steps += 1
-            assert steps < 5000, "no progress"
-            self._disturb()
-            if chunks := self.scheduler.schedule():
-                self._send(chunks)
-            else:
-                assert self.sent or self.scheduler.idle
-            while len(self.sent) > (self.depth if chunks else 0):
-                self._receive()
-            self.scheduler.check()
-        self._check_end()
-
-    def _disturb(self) -> None:
-        rng, self.now = self.rng, self.now + 1
-        for _ in range(min(rng.choice([0, 0, 1, 5]), len(self.coming))):
-            self.scheduler.add(self.coming.pop())
-        if rng.random() < 0.05:
-            self.scheduler.abort(rng.choice([seq for seq in self.truths if seq not in self.coming] or self.coming))
-            self.coming = [seq for seq in self.coming if not seq.finish_reason]
-        for seq in self.scheduler.expire(self.now):
-            assert seq.deadline <= self.now
-            assert seq.finish_reason == "deadline"
-
-    def _send(self, chunks: list[Chunk]) -> None:
-        assert sum(chunk.length for chunk in chunks) <= self.scheduler.step_tokens
-        assert len({chunk.seq.slot for chunk in chunks}) == len(chunks) == len({chunk.seq for chunk in chunks})
-        self.sent.append((chunks, pack(chunks, self.pool.block_size)))
-        self.scheduler.check()
-
-    def _receive(self) -> None:
-        chunks, plan = self.sent.popleft()
-        sampled = self.ranks.step(plan, chunks, self.truths)
-        for seq, token_id, row in self.scheduler.commit(chunks, sampled):
-            assert seq is chunks[plan.rows[row]].seq
-            assert seq.tokens[-1] == token_id == sampled[row]
-
-    def _check_end(self) -> None:
-        assert self.pool.num_free == self.pool.num_blocks
-        for seq, truth in self.truths.items():
-            assert (seq.in_flight, seq.slot, len(seq.blocks)) == (0, -1, 0)
-            assert list(seq.tokens) == truth.tokens[: len(seq.tokens)]
-            if seq.finish_reason in ("cancelled", "deadline"):
-                assert len(seq.tokens) < truth.length
-            else:
-                assert (len(seq.tokens), seq.finish_reason) == (truth.length, truth.reason)
+def test_exactly_what_the_cache_holds_is_served() -> None:
+    s = scheduler(num_blocks=4, block_size=4)
+    (seq,) = added(s, sequence(7, max_tokens=10))
+    while not s.idle:
+        step(s)
+    assert (seq.finish_reason, len(seq.tokens), s.preemptions) == ("length", 17, 0)
+    with pytest.raises(InvalidInput, match=r"prompt \(7\) plus max_tokens \(11\) exceeds the KV cache's 17 tokens"):
+        s.add(sequence(7, max_tokens=11))
+    assert s.idle
 
 
-@pytest.mark.parametrize("part", range(20))
-def test_any_schedule_yields_what_one_at_a_time_would(part: int) -> None:
-    seen = Counter[str]()
-    for seed in range(part * ROUNDS, (part + 1) * ROUNDS):
-        game = Game(seed)
-        game.play()
-        seen += Counter(seq.finish_reason for seq in game.truths)
-        seen += Counter(preemptions=game.scheduler.preemptions, hits=game.pool.prefix_hits)
-    assert {
-        "stop",
-        "length",
-        "cancelled",
-        "deadline",
-        "preemptions",
-        "hits",
-    } <= seen.keys()  # the fuzz reaches them all
+@pytest.mark.parametrize(("length", "max_tokens"), [(0, 1), (1, 0), (1, -1)])
+def test_nothing_to_compute_is_refused(length: int, max_tokens: int) -> None:
+    with pytest.raises(InvalidInput, match="must be at least 1 token"):
+        scheduler().add(sequence(length, max_tokens))
+
+
+def test_stop_and_length_end_a_sequence() -> None:
+    s = scheduler()
+    stops, fills = added(s, sequence(3, stop={7}), sequence(3, max_tokens=2, first=10))
+    accepted = s.commit(s.schedule(), [7, 7])
+    assert [(a.seq, a.token_id, a.row) for a in accepted] == [(stops, 7, 0), (fills, 7, 1)]
+    assert (stops.finish_reason, fills.finish_reason) == ("stop", "")
+    step(s)
+    assert (list(fills.completion), fills.finish_reason, s.idle) == ([7, 99], "length", True)
+
+
+def test_a_step_sent_ahead_drops_the_token_of_a_sequence_that_ended() -> None:
+    s = scheduler()
+    stops, goes_on = added(s, sequence(3, stop={7}), sequence(3, first=10))
+    one, two = s.schedule(), s.schedule()
+    s.commit(one, [7, 1])
+    assert s.pool.num_free == s.pool.num_blocks - len(goes_on.blocks)
+    assert [(a.seq, a.token_id, a.row) for a in s.commit(two, [5, 6])] == [(goes_on, 6, 1)]
+    assert list(stops.completion) == [7]
+    assert list(goes_on.completion) == [1, 6]
+
+
+def test_no_more_tokens_are_sent_for_than_may_be_accepted() -> None:
+    s = scheduler()
+    added(s, sequence(3, max_tokens=2))
+    steps = [s.schedule() for _ in range(4)]
+    assert [len(chunks) for chunks in steps] == [1, 1, 0, 0]
+    assert not s.idle
+    for chunks in steps[:2]:
+        s.commit(chunks, [1])
+    assert s.idle
+
+
+def test_too_few_or_too_many_tokens_are_an_error() -> None:
+    for tokens in ([], [1, 2]):
+        s = scheduler()
+        added(s, sequence(3))
+        with pytest.raises(ValueError, match="tokens for"):
+            s.commit(s.schedule(), tokens)
+
+
+def test_abort_frees_blocks_and_slot_at_once() -> None:
+    s = scheduler(max_sequences=1)
+    running, waiting = added(s, sequence(3), sequence(3, first=10))
+    chunks = s.schedule()
+    s.abort(running)
+    s.abort(waiting, "gone")
+    assert (running.finish_reason, waiting.finish_reason) == ("cancelled", "gone")
+    assert (s.idle, s.pool.num_free, s.commit(chunks, [1])) == (True, s.pool.num_blocks, [])
+    s.abort(running, "again")
+    assert running.finish_reason == "cancelled"
+    s.check()
+
+
+def test_deadlines_hold_while_waiting_and_while_running() -> None:
+    s = scheduler(max_sequences=1)
+    running, waiting, patient = added(
+        s, sequence(3, deadline=5.0), sequence(3, first=10, deadline=4.0), sequence(3, first=20)
+    )
+    step(s)
+    assert s.expire(3.9) == []
+    assert s.expire(5.0) == [waiting, running]
+    assert {seq.finish_reason for seq in (waiting, running)} == {"deadline"}
+    assert (s.num_running, s.num_waiting) == (0, 1)
+    assert [chunk.seq for chunk in step(s)] == [patient]
+
+
+def tight() -> tuple[Scheduler, Sequence, Sequence]:
+    """Six blocks of one token; `old` has two steps in flight, `young` half its prompt of four, and no block is left."""
+    s = scheduler(num_blocks=6, block_size=1, step_tokens=2)
+    old, young = added(s, sequence(1, max_tokens=6), sequence(4, max_tokens=3, first=10))
+    return s, old, young
+
+
+def test_the_youngest_is_preempted_and_resumes() -> None:
+    s, old, young = tight()
+    steps = 0
+    while not s.idle:
+        step(s, token_id=steps)
+        steps += 1
+    assert s.preemptions > 0
+    assert (len(old.completion), len(young.completion)) == (6, 3)
+    assert list(old.completion) == list(range(6))  # never held up
+
+
+def test_priority_decides_who_is_preempted() -> None:
+    s = scheduler(num_blocks=6, block_size=1)
+    low, high = added(s, sequence(1, 5, priority=1), sequence(1, 5, first=10))
+    while not s.preemptions:
+        chunks = step(s)
+    assert [chunk.seq for chunk in chunks] == [high]
+    assert s.num_waiting == 1
+    assert low.slot == -1
+
+
+def test_a_preempted_sequence_keeps_its_tokens_in_flight_and_waits_for_them() -> None:
+    s = scheduler(num_blocks=6, block_size=1)
+    old, young = added(s, sequence(1, 6), sequence(1, 6, first=10))
+    sent = [s.schedule() for _ in range(4)]
+    assert s.preemptions == 1
+    assert (young.in_flight, len(young.blocks), len(sent[3])) == (3, 0, 1)
+    s.abort(old)
+    for chunks in sent[:3]:
+        assert s.schedule() == []
+        s.commit(chunks, [1, 2])
+    (chunk,) = s.schedule()
+    assert (chunk.seq, list(young.completion), chunk.start + chunk.length) == (young, [2, 2, 2], 4)
+
+
+def test_a_step_publishes_nothing_once_its_blocks_were_lost() -> None:
+    s, old, young = tight()
+    one, two, three = s.schedule(), s.schedule(), s.schedule()
+    assert s.preemptions == 1
+    s.abort(old)
+    four = s.schedule()  # young again, in other blocks, with one and two still on their way
+    assert [(c.seq, c.start, c.length) for c in one + two + four if c.seq is young] == [
+        (young, 0, 1),
+        (young, 1, 1),
+        (young, 0, 2),
+    ]
+    for chunks in (one, two, three):
+        s.commit(chunks, [1])
+    s.abort(young)
+    added(s, sequence(5, max_tokens=1, first=10))
+    assert s.schedule()[0].start == 0
+
+
+def test_samples_of_one_prompt_compute_it_once() -> None:
+    s = scheduler(step_tokens=64)
+    first, *others = added(s, *(sequence(21) for _ in range(4)))
+    assert [chunk.seq for chunk in step(s)] == [first]
+    assert [(c.seq, c.start, c.length) for c in step(s)] == [(first, 21, 1), *((seq, 20, 1) for seq in others)]
+    assert len({seq.blocks[4] for seq in others}) == 1
+    assert len({seq.blocks[5] for seq in (first, *others)}) == 4
+
+
+def test_who_waits_for_a_prefix_holds_up_nobody_and_is_not_forgotten() -> None:
+    s = scheduler(step_tokens=64)
+    first, same, other = added(s, sequence(21), sequence(21), sequence(21, first=100))
+    assert [chunk.seq for chunk in s.schedule()] == [first, other]
+    s.abort(first)  # nobody will publish the prefix now
+    assert same in [chunk.seq for chunk in s.schedule()]
+
+
+def test_slots_are_distinct_and_used_again() -> None:
+    s = scheduler(max_sequences=3)
+    sequences = added(s, *(sequence(2, max_tokens=2, first=10 * i) for i in range(7)))
+    slots: dict[Sequence, int] = {}
+    while not s.idle:
+        chunks = s.schedule()
+        now = {chunk.seq: chunk.seq.slot for chunk in chunks}
+        assert len(set(now.values())) == len(now)
+        assert all(slots.setdefault(seq, slot) == slot for seq, slot in now.items())
+        s.commit(chunks, [1] * len(chunks))
+    assert set(slots) == set(sequences)
+    assert set(slots.values()) == {0, 1, 2}
+
+
+def test_many_aborts_leave_nothing_behind() -> None:
+    s = scheduler(max_sequences=1)
+    for _ in range(1000):
+        (seq,) = added(s, sequence(2, deadline=1e9))
+        s.abort(seq)
+    assert len(s._waiting._entries) < 100
+    assert len(s._deadlines._entries) < 100
