@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from google.protobuf import text_format
+from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from backend.config import EngineConfig
@@ -40,11 +40,11 @@ def tasks() -> list[str]:
     return sorted(folder.name for folder in _templates().iterdir() if (folder / "config.pbtxt").is_file())
 
 
-def write(repository: Path, task: str, name: str, parameters: Mapping[str, str], replace: bool = False, /) -> Path:
+def write(repository: Path, task: str, name: str, parameters: Mapping[str, str], replace: bool = False) -> Path:
     """The directory `repository`/`name`, there at once or not at all; one that was written here before is replaced.
 
-    InvalidInput for a bad name or task, or for a directory of someone else's unless `replace`; LoadError for a parameter
-    that EngineConfig does not take.
+    InvalidInput for a bad name or task, or for a directory of someone else's unless `replace`; LoadError for a
+    parameter that EngineConfig does not take.
     """
     target = _target(repository, name)
     config = _config(task, name, parameters)
@@ -54,9 +54,7 @@ def write(repository: Path, task: str, name: str, parameters: Mapping[str, str],
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=repository) as scratch:
         fresh = Path(scratch) / "new"
         _fill(fresh, task, config, Origin(task, dict(parameters)))
-        if target.exists():
-            os.rename(target, Path(scratch) / "old")
-        os.rename(fresh, target)
+        _exchange(fresh, target, Path(scratch) / "old")
     return target
 
 
@@ -80,9 +78,8 @@ def origin(repository: Path, name: str) -> Origin | None:
 def check_name(name: str) -> None:
     """InvalidInput unless a model may be called so."""
     if not _NAME.fullmatch(name) or name.startswith(".") or len(name) > _LONGEST_NAME:
-        raise InvalidInput(
-            f"the name {name!r:.200} must be 1 to {_LONGEST_NAME} letters, digits, '_', '-' or '.', and not begin with '.'"
-        )
+        rule = f"1 to {_LONGEST_NAME} letters, digits, '_', '-' or '.', and not begin with '.'"
+        raise InvalidInput(f"a model's name must be {rule}; not {name!r:.200}")
 
 
 def _target(repository: Path, name: str) -> Path:
@@ -110,6 +107,17 @@ def _fill(folder: Path, task: str, config: ModelConfig, made_from: Origin) -> No
     shutil.copyfile(_templates() / task / "1" / "model.py", folder / "1" / "model.py")
     (folder / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
     (folder / MARK).write_text(json.dumps(asdict(made_from)), encoding="utf-8")
+
+
+def _exchange(fresh: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
 
 
 def _templates() -> Path:

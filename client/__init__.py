@@ -1,6 +1,7 @@
 """tritonspeed's client: served models as Python calls. It needs no GPU, no torch and no model files."""
 
 from client.channel import Tls
+from client.deploy import Model, deploy, models, undeploy
 from client.errors import Cancelled, DeadlineExceeded, Error, InvalidInput, Overloaded, ServerError, Unavailable
 from client.generate import AsyncGenerate, Delta, Generate, Generated
 from client.pipeline import AsyncPipeline, Pipeline
@@ -17,6 +18,7 @@ __all__ = [
     "Generate",
     "Generated",
     "InvalidInput",
+    "Model",
     "Overloaded",
     "Pipeline",
     "ServerError",
@@ -24,5 +26,8 @@ __all__ = [
     "Transport",
     "Unavailable",
     "async_pipeline",
+    "deploy",
+    "models",
     "pipeline",
+    "undeploy",
 ]

@@ -100,6 +100,15 @@ _ADVICE_BY_CODE = {
     "UNIMPLEMENTED": "is this address Triton's gRPC port?",
 }
 
+_TRITON = (
+    (re.compile(r"unknown model: .* is not found"), "NOT_FOUND"),
+    (re.compile(r"has no available versions|is not at ready state"), "UNAVAILABLE"),
+    (re.compile(r"inference input|unexpected shape|expected \d+ inputs|batch[- ]size"), "INVALID_ARGUMENT"),
+)
+"""Triton's own refusals by their text, as streamed requests get them: all with the status INTERNAL."""
+
+_NOISE = re.compile(r"^\[request id: <id_unknown>\] | NOTE: .*", re.DOTALL)
+
 _OPENING = re.compile(rf"(?:^|\bmessage: )({'|'.join(_BY_NAME)}): (.*)", re.DOTALL)
 """Triton puts "... message: " before what a Python model raised."""
 
@@ -109,7 +118,10 @@ def failure(code: str, message: str, address: str = "") -> Error:
 
     The class that the backend names in the message wins over the status, since Triton has fewer statuses.
     """
-    kind, text = _classify(code, message.strip())
+    message = _NOISE.sub("", message).strip()
+    if code == "INTERNAL" and not _OPENING.search(message):
+        code = next((true for text, true in _TRITON if text.search(message)), code)
+    kind, text = _classify(code, message)
     advice = "" if kind is InvalidInput and code not in _ADVICE_BY_CODE else _ADVICE_BY_CODE.get(code, kind.advice)
     where = f" [{address}]" if address else ""
     return kind((text or code) + where + (f"; {advice}" if advice else ""), code)

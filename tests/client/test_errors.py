@@ -30,7 +30,7 @@ def test_the_name_in_the_message_wins_over_the_status(message, kind, text):
 @pytest.mark.parametrize(
     ("code", "message", "kind"),
     [
-        ("INVALID_ARGUMENT", "[request id: <id_unknown>] unexpected shape for input 'top_p'", errors.InvalidInput),
+        ("INVALID_ARGUMENT", "unexpected shape for input 'top_p'", errors.InvalidInput),
         ("NOT_FOUND", "Request for unknown model: 'x' is not found", errors.InvalidInput),
         ("UNAVAILABLE", "Request for unknown model: 'x' version 1 is not at ready state", errors.Unavailable),
         ("RESOURCE_EXHAUSTED", "CLIENT: Sent message larger than max (5 vs. 4)", errors.InvalidInput),
@@ -48,6 +48,33 @@ def test_statuses_of_triton_and_grpc(code, message, kind):
     assert type(found) is kind
     assert found.code == code
     assert str(found).startswith(message or code)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "start"),
+    [
+        ("Request for unknown model: 'nix' is not found", errors.InvalidInput, "Request for"),
+        ("Request for unknown model: 'm' has no available versions", errors.Unavailable, "Request for"),
+        ("unexpected inference input 'temperature' for model 'm'", errors.InvalidInput, "unexpected"),
+        (
+            "[request id: <id_unknown>] unexpected shape for input 'a' for model 'm'. Expected [-1,1], got [1]. NOTE: x",
+            errors.InvalidInput,
+            "unexpected shape for input 'a' for model 'm'. Expected [-1,1], got [1].",
+        ),
+        (
+            "[request id: <id_unknown>] inference request batch-size must be <= 8 for 'm'",
+            errors.InvalidInput,
+            "inference request batch-size",
+        ),
+        ("ServingError: KeyError: inference input", errors.ServerError, "KeyError"),
+    ],
+)
+def test_what_triton_2_51_says_on_a_stream_with_status_internal(message, kind, start):
+    found = failure("INTERNAL", message)
+    assert type(found) is kind
+    assert str(found).startswith(start)
+    assert "request id" not in str(found) and "NOTE" not in str(found)
+    assert found.retryable == (kind is errors.Unavailable)
 
 
 def test_each_class_says_what_to_do():
