@@ -1,0 +1,68 @@
+"""Output: a server's lines, all in a log file, the telling ones on the terminal. It does not know why it ended."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+OWN = "tritonspeed | "
+"""Opens every line that a model of ours prints about its start-up: `tritonspeed | MODEL | text`."""
+
+_LOG = re.compile(r'([EWI])\d{4} [\d:.]+ \d+ ([\w.]+):\d+\] "?(.*?)"?$')
+_FAILED = re.compile(r"failed to load '([^']+)' version \d+: (?:\w[\w ]*: )?(?:TritonModelException: )?(.*)")
+_ECHOES = ("backend_model.cc", "pb_stub.cc")
+"""Sources of Triton that report a failed load which model_lifecycle.cc reports too."""
+_HARMLESS = ("CudaDriverHelper has not been initialized", "Failed to initialize NVML")
+"""What every start on a machine without a GPU says."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def telling(line: str) -> str | None:
+    """The line as a person wants it, or None where it is noise."""
+    if line.startswith(OWN):
+        return line.removeprefix(OWN)
+    if any(harmless in line for harmless in _HARMLESS):
+        return None
+    if line.startswith("error: "):
+        return f"tritonserver | {line.removeprefix('error: ')}"
+    match = _LOG.match(line)
+    if not match or match[1] != "E" or match[2] in _ECHOES:
+        return None
+    message = match[3].replace("\\n", "\n").replace('\\"', '"').strip().partition("\n")[0]
+    if failed := _FAILED.match(message):
+        return f"{failed[1]} | failed: {failed[2]}"
+    return f"tritonserver | {message}"
+
+
+class Output:
+    """Reads lines until the stream ends; remembers the last ones and each failed load's reason."""
+
+    def __init__(self, log: Path, verbose: bool, show: Callable[[str], None] | None = None) -> None:
+        self.log = log
+        self.tail: deque[str] = deque(maxlen=20)
+        self.failures: list[str] = []
+        self._verbose = verbose
+        self._show = show or _print
+
+    def read(self, lines: Iterable[str]) -> None:
+        """Until end of file: what a thread does."""
+        with self.log.open("a") as log:
+            for line in lines:
+                log.write(line)
+                log.flush()
+                self._line(_CONTROL.sub("?", line.rstrip("\n")))
+
+    def _line(self, line: str) -> None:
+        self.tail.append(line)
+        told = telling(line)
+        if told and " | failed: " in told:
+            self.failures.append(told)
+        if told or self._verbose:
+            self._show(line if self._verbose else str(told))
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,168 @@
+"""Where tritonserver and its Python backend are, and how it is called. It does not start it.
+
+Sources: the option list of `tritonserver --help` (2.51), Triton's secure-deployment guide.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from backend.errors import LoadError
+
+SAFE_RELEASE = "26.07"
+"""The first Triton release without a published remote-code-execution CVE; the PyPI server is 24.10."""
+
+SHARED_MEMORY_PREFIX = "tritonspeed_"
+"""Files of ours in /dev/shm are this, the launcher's process id, an underscore and anything."""
+
+_PROTECTED = "shared-memory,model-repository,model-config,trace,logging"
+"""The APIs that change the server or reach past a model; behind a key wherever others can connect."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where one server listens."""
+
+    host: str
+    grpc: int
+    http: int
+    metrics: int
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+    @property
+    def local(self) -> str:
+        """The address by which this machine reaches it."""
+        return "127.0.0.1" if self.host in ("0.0.0.0", "") else self.host  # noqa: S104
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver executable and, where it does not know them itself, its backends."""
+
+    executable: Path
+    backends: Path | None
+    """A folder for --backend-directory; None: the server's own default."""
+    bundled: Path | None
+    """The PyPI wheel's folder pytriton/tritonserver, if that is what this is."""
+
+
+def find(environment: Mapping[str, str] = os.environ) -> Installation:
+    """$TRITONSERVER, else the one on PATH, else the PyPI wheel's. LoadError says how to get one."""
+    named = environment.get("TRITONSERVER") or "tritonserver"
+    found = shutil.which(named, path=environment.get("PATH"))
+    if found is None and "TRITONSERVER" in environment:
+        raise LoadError(f"TRITONSERVER names no executable: {named}")
+    executable = Path(found) if found else _wheel() / "bin" / "tritonserver"
+    if not executable.is_file():
+        raise LoadError(
+            "no tritonserver: none on PATH; on one machine alone `pip install --no-deps nvidia-pytriton` will do"
+        )
+    given = environment.get("TRITON_BACKENDS")
+    folder = executable.resolve().parent.parent
+    bundled = folder if (folder / "python_backend_stubs").is_dir() else None
+    return Installation(executable.resolve(), Path(given) if given else None, bundled)
+
+
+def _wheel() -> Path:
+    return Path(sysconfig.get_path("purelib")) / "pytriton" / "tritonserver"
+
+
+def check_host(installation: Installation, ports: Ports, environment: Mapping[str, str] = os.environ) -> None:
+    """LoadError where a server with known security holes would listen beyond this machine."""
+    if ports.loopback:
+        return
+    release = environment.get("NVIDIA_TRITON_SERVER_VERSION", "")
+    if installation.bundled:
+        raise LoadError(f"--host {ports.host}: the PyPI tritonserver (24.10) has known security holes: loopback only")
+    if release and _release(release) < _release(SAFE_RELEASE):
+        raise LoadError(
+            f"--host {ports.host}: Triton {release} has known security holes; {SAFE_RELEASE} or later is safe"
+        )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def link_backends(installation: Installation, folder: Path) -> Path | None:
+    """The folder for --backend-directory; for the PyPI wheel one of symlinks, made at `folder`.
+
+    Links, because a copy of the stub no longer finds the wheel's libraries beside it.
+    """
+    if installation.backends or not installation.bundled:
+        return installation.backends
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = installation.bundled / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise LoadError(f"the PyPI tritonserver has no stub for Python {version}: use Python 3.11 or 3.12")
+    python = folder / "python"
+    python.mkdir(parents=True)
+    for source in [stub, *(installation.bundled / "backends" / "python").iterdir()]:
+        (python / source.name).symlink_to(source)
+    return folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the server behaves, beyond where it listens."""
+
+    explicit: bool = False
+    keep_going: bool = False
+    verbose: bool = False
+    drain_seconds: int = 30
+    admin_key: str = ""
+
+
+def command(executable: Path, repository: Path, backends: Path | None, ports: Ports, options: Options) -> list[str]:
+    """The whole command line; values that Triton defaults to are left out."""
+    line = [
+        str(executable),
+        f"--model-repository={repository}",
+        "--disable-auto-complete-config",  # it would import every model.py twice
+        f"--exit-timeout-secs={options.drain_seconds}",
+        f"--backend-config=python,shm-region-prefix-name={SHARED_MEMORY_PREFIX}{os.getpid()}_",
+        *_addresses(ports),
+    ]
+    if backends:
+        line.append(f"--backend-directory={backends}")
+    if options.explicit:
+        line.append("--model-control-mode=explicit")
+        if any(repository.iterdir()):
+            line.append("--load-model=*")
+    if options.keep_going:
+        line += ["--exit-on-error=false", "--strict-readiness=false"]
+    if options.verbose:
+        line.append("--log-verbose=1")
+    if not ports.loopback:
+        line.append(f"--grpc-restricted-protocol={_PROTECTED}:admin-key={options.admin_key}")
+        line.append(f"--http-restricted-api={_PROTECTED}:admin-key={options.admin_key}")
+    return line
+
+
+def _addresses(ports: Ports) -> list[str]:
+    ways = {"grpc": ports.grpc, "http": ports.http, "metrics": ports.metrics}
+    return [f"--{way}-{what}" for way, port in ways.items() for what in (f"address={ports.host}", f"port={port}")]
+
+
+def environment(cache: Path, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What stubs and ranks need: a stub takes its packages from the first python3 on PATH and knows no PYTHONPATH."""
+    folder = str(Path(sys.executable).parent)
+    return {
+        "OMP_NUM_THREADS": "1",  # for the stub; each rank sets its own number
+        "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
+        "TOKENIZERS_PARALLELISM": "false",
+        **inherited,
+        "PATH": f"{folder}{os.pathsep}{inherited.get('PATH', os.defpath)}",
+        "PYTHONUNBUFFERED": "1",
+        "TRITONSPEED_PYTHON": sys.executable,
+    }

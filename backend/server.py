@@ -1,0 +1,215 @@
+"""The launcher: `python -m backend.server` serves models on this machine until it is told to stop.
+
+It composes a repository, watches one tritonserver and cleans up; it knows neither what a model computes nor how a
+request looks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+from backend import repository, samples
+from backend.config import EngineConfig
+from backend.errors import LoadError, ServingError
+from backend.launcher import detach, leftovers, run_folder, tritonserver
+from backend.launcher.child import Child
+from backend.launcher.output import Output
+from backend.launcher.ports import require_free
+from backend.launcher.tritonserver import Options, Ports
+from client import local
+
+_POLL_SECONDS = 0.2
+_KILL_SECONDS = 5
+"""After the drain: 2.51 can outlast its own exit timeout while a gRPC stream is open."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; exits with a usage message where it is wrong."""
+    parser = argparse.ArgumentParser(prog="serve", description="Serve a model with tritonserver until Ctrl-C.")
+    model = parser.add_argument_group("what is served")
+    model.add_argument("--model", metavar="PATH_OR_ID", help="Hugging Face folder or hub id; default: a small sample")
+    model.add_argument("--task", choices=repository.tasks(), default="generate")
+    model.add_argument("--name", help="the model's name in the server; default: the task's")
+    model.add_argument("--tensor-parallel", metavar="N", type=int, help="ranks; on CUDA one per GPU (default 1)")
+    model.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
+    model.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any parameter of EngineConfig")
+    model.add_argument("--repository", metavar="DIR", type=Path, help="serve this model repository as it is instead")
+    listen = parser.add_argument_group("where")
+    listen.add_argument("--host", default="127.0.0.1", help="anything but loopback needs a Triton of 26.07 or later")
+    listen.add_argument("--port", metavar="N", type=int, default=8001, help="gRPC (default 8001; 0: any free one)")
+    listen.add_argument("--http-port", metavar="N", type=int, default=8000, help="default 8000; 0: any free one")
+    listen.add_argument("--metrics-port", metavar="N", type=int, default=8002, help="default 8002; 0: any free one")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--explicit", action="store_true", help="models can be deployed into, and taken out of, the running server"
+    )
+    how.add_argument("--keep-going", action="store_true", help="serve the other models when one fails to load")
+    how.add_argument(
+        "--drain-seconds", metavar="S", type=int, default=30, help="for requests in flight at the end (default 30)"
+    )
+    how.add_argument("--detach", action="store_true", help="return once it is ready, and leave it running")
+    how.add_argument("--verbose", action="store_true", help="everything that tritonserver prints")
+    options = parser.parse_args(arguments)
+    model_options = [options.model, options.name, options.tensor_parallel, options.dtype, *options.set]
+    if options.repository and any(value is not None for value in model_options):
+        parser.error(
+            "--repository is served as it is: --model, --name, --tensor-parallel, --dtype and --set do not go with it"
+        )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0 after a stop that was asked for, 1 with one line on standard error otherwise."""
+    options = parse(arguments)
+    try:
+        if options.detach:
+            given = sys.argv[1:] if arguments is None else arguments
+            return detach.start([argument for argument in given if argument != "--detach"], run_folder.run())
+        return serve(options)
+    except ServingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve(options: argparse.Namespace) -> int:
+    """From the checks that cost nothing to the last process gone."""
+    signal.signal(signal.SIGTERM, _interrupt)  # until the child is there to be stopped in order
+    installation = tritonserver.find()
+    wanted = {"--port": options.port, "--http-port": options.http_port, "--metrics-port": options.metrics_port}
+    ports = Ports(options.host, *require_free(options.host, wanted).values())
+    tritonserver.check_host(installation, ports)
+    leftovers.sweep()
+    with ExitStack() as stack:
+        folder = stack.enter_context(run_folder.run_folder())
+        models = options.repository.absolute() if options.repository else compose(options, folder / "models")
+        behaviour = _behaviour(options, ports)
+        backends = tritonserver.link_backends(installation, folder / "backends")
+        line = tritonserver.command(installation.executable, models, backends, ports, behaviour)
+        (folder / "cwd").mkdir()  # the stubs' first place to import from: it must hold nothing
+        output = Output(run_folder.run() / f"{ports.grpc}.log", options.verbose)
+        output.log.write_text("")
+        stack.callback(leftovers.remove, os.getpid())
+        child = Child(line, tritonserver.environment(run_folder.cache()), folder / "cwd", output.read)
+        stack.callback(child.kill)
+        return watch(child, output, ports, behaviour, models)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def compose(options: argparse.Namespace, models: Path) -> Path:
+    """A repository with the one model that the options name. LoadError names a parameter that does not exist."""
+    name = options.name or options.task
+    given = {"tensor_parallel": options.tensor_parallel, "dtype": options.dtype}
+    parameters = {key: str(value) for key, value in given.items() if value is not None} | _pairs(options.set)
+    EngineConfig.from_parameters({"model": "-", **parameters})
+    parameters["model"] = samples.locate(options.model, options.task)
+    models.mkdir(parents=True)
+    repository.write(models, options.task, name, parameters)
+    return models
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text:
+            raise LoadError(f"--set takes KEY=VALUE, not {text!r}")
+    return dict(text.split("=", 1) for text in texts)
+
+
+def _behaviour(options: argparse.Namespace, ports: Ports) -> Options:
+    key = os.environ.get("TRITONSPEED_ADMIN_KEY", "") if not ports.loopback else ""
+    if not ports.loopback and not key:
+        key = secrets.token_urlsafe(16)
+        _say(f"the server's own APIs (model repository, shared memory, ...) need the header admin-key: {key}")
+    return Options(options.explicit, options.keep_going, options.verbose, options.drain_seconds, key)
+
+
+def watch(child: Child, output: Output, ports: Ports, behaviour: Options, models: Path) -> int:
+    """Until the server ends, or a signal asks for its end."""
+    begin = time.monotonic()
+    while not ready(ports):
+        if child.wait(_POLL_SECONDS):
+            return _stop(child, output, behaviour)
+        if child.ended() is not None:
+            return _failed(child, output, "did not start")
+    local.announce(ports.grpc, ports.http, models, explicit=behaviour.explicit)
+    try:
+        _greet(ports, models, time.monotonic() - begin)
+        detach.tell_ready()
+        while child.ended() is None:
+            if child.wait(3600):
+                return _stop(child, output, behaviour)
+        return _failed(child, output, "ended")
+    finally:
+        local.withdraw(ports.grpc)
+
+
+def ready(ports: Ports) -> bool:
+    """Whether every model that was to be loaded is; Triton opens its ports once that is decided."""
+    try:
+        with urllib.request.urlopen(f"http://{ports.local}:{ports.http}/v2/health/ready", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _stop(child: Child, output: Output, behaviour: Options) -> int:
+    _say("stopping; requests in flight may finish (a second signal ends them)")
+    if not child.stop(behaviour.drain_seconds + _KILL_SECONDS):
+        _say("stopped without waiting any longer")
+    output.log.unlink(missing_ok=True)
+    return 0
+
+
+def _failed(child: Child, output: Output, what: str) -> int:
+    status = child.ended()
+    child.kill()
+    how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
+    reason = output.failures[-1] if output.failures else f"tritonserver {what} ({how})"
+    _say(f"error: {reason}; all it said: {output.log}")
+    return 1
+
+
+def _greet(ports: Ports, models: Path, seconds: float) -> None:
+    names = sorted(path.name for path in models.iterdir() if (path / "config.pbtxt").is_file())
+    at = f"{ports.local}:{ports.grpc} (gRPC), {ports.http} (HTTP), {ports.metrics} (metrics)"
+    _say(f"ready after {seconds:.0f} s: {', '.join(names) or 'no model yet'} on {at}")
+    for name in names:
+        for line in local_commands(name, ports):
+            _say(f"  {line}")
+    _say(f"Ctrl-C or `kill {os.getpid()}` stops it")
+
+
+def local_commands(name: str, ports: Ports) -> list[str]:
+    """What to type to see a generate model at work."""
+    program = Path(sys.executable).parent / "tritonspeed"
+    other = "" if ports.grpc == 8001 else f", port={ports.grpc}"
+    flag = "" if ports.grpc == 8001 else f" --port {ports.grpc}"
+    return [
+        f'{program} generate --name {name}{flag} "The capital of France is"',
+        f"curl -s {ports.local}:{ports.http}/v2/models/{name}/generate "
+        """-d '{"text_input": "The capital of France is", "max_tokens": 16}'""",
+        f'python -c \'from client import pipeline; print(pipeline("generate", name="{name}"{other})("Hello").text)\'',
+    ]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
