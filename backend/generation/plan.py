@@ -109,7 +109,7 @@ def pack(chunks: list[Chunk], block_size: int) -> Plan:
     starts, lengths = _ints([chunk.start for chunk in chunks]), _ints([chunk.length for chunk in chunks])
     kv_lengths = starts + lengths
     query_starts = np.zeros(len(chunks) + 1, np.int32)
-    np.cumsum(lengths, out=query_starts[1:])
+    np.cumsum(lengths, dtype=np.int32, out=query_starts[1:])
     chunk_of = np.repeat(np.arange(len(chunks)), lengths)  # [T]
     positions = np.arange(query_starts[-1], dtype=np.int32) + (starts - query_starts[:-1])[chunk_of]
     tables = _block_tables(chunks, -(-kv_lengths // block_size))

@@ -73,7 +73,9 @@ class Scheduler:
         return not self._running and not self._waiting
 
     def add(self, seq: Sequence) -> None:
-        """Queue a new sequence; InvalidInput if it could never be computed."""
+        """Queue a new sequence, unless it was aborted before; InvalidInput if it could never be computed."""
+        if seq.finish_reason:
+            return
         limit = self.pool.num_blocks * self.pool.block_size
         prompt, new = seq.prompt_length, seq.params.max_tokens
         if prompt < 1 or new < 1:
@@ -111,12 +113,8 @@ class Scheduler:
 
         Empty, though not `idle`, when nothing can be done before a step in flight is committed.
         """
-        preemptions = self.preemptions
         chunks = self._continue_running()
-        if self.preemptions == preemptions:
-            budget = self.step_tokens - sum(chunk.length for chunk in chunks)
-            chunks += self._admit_waiting(budget)
-        return chunks
+        return chunks + self._admit_waiting(self.step_tokens - sum([chunk.length for chunk in chunks]))
 
     def commit(self, chunks: list[Chunk], token_ids: list[int]) -> list[Accepted]:
         """Record a computed step: `token_ids` holds one token for each chunk that samples, in order."""
@@ -151,9 +149,10 @@ class Scheduler:
                 break
             if seq.slot < 0 or seq.room <= 0:  # preempted a moment ago, or all it may ask for is in flight
                 continue
-            if self._make_room(seq, seq.computed + min(seq.pending, budget)):
-                chunks.append(_advance(seq, budget))
-                budget -= chunks[-1].length
+            length = min(seq.pending, budget)
+            if self.pool.grow(seq, seq.computed + length) or self._preempt_for(seq, seq.computed + length):
+                chunks.append(_advance(seq, length))
+                budget -= length
         return chunks
 
     def _admit_waiting(self, budget: int) -> list[Chunk]:
@@ -168,14 +167,15 @@ class Scheduler:
                 break  # spare: without a block for each running sequence the next steps would preempt this one again
             else:
                 self._enter(seq)
-                chunks.append(_advance(seq, budget, first=True))
-                budget -= chunks[-1].length
+                length = min(seq.pending, budget)
+                chunks.append(_advance(seq, length, first=True))
+                budget -= length
         for seq in held_back:
             self._waiting.push(seq)
         return chunks
 
-    def _make_room(self, seq: Sequence, length: int) -> bool:
-        """Get blocks for `length` tokens of `seq`, by preemption if need be; False if it was itself preempted.
+    def _preempt_for(self, seq: Sequence, length: int) -> bool:
+        """Preempt until there are blocks for `length` tokens of `seq`; False if it was itself preempted.
 
         Who is preempted has no chunk in this step yet: only sequences with one token to go need more blocks than they
         were admitted with, they come first in a step, the oldest before the others, and the youngest is preempted.
@@ -249,11 +249,9 @@ def _turn(seq: Sequence) -> tuple[bool, int, int]:
     return seq.pending > 1, seq.priority, seq.arrival
 
 
-def _advance(seq: Sequence, budget: int, first: bool = False) -> Chunk:
+def _advance(seq: Sequence, length: int, first: bool = False) -> Chunk:
     """Cut the next chunk of `seq`, whose tokens from now on count as computed."""
-    pending = seq.pending
-    length = min(pending, budget)
-    samples = length == pending
+    samples = length == seq.pending
     chunk = Chunk(seq, seq.computed, length, samples, first, seq.blocks)
     seq.computed += length
     seq.in_flight += samples

@@ -166,6 +166,19 @@ def test_a_prefix_on_its_way_is_awaited_until_its_holder_gives_up() -> None:
     assert not pool.awaits(sequence(12))
 
 
+def test_a_prefix_that_was_computed_twice_is_not_awaited_for_ever() -> None:
+    pool = BlockPool(8, 4)
+    one, two = sequence(5), sequence(5)
+    assert pool.admit(two)
+    assert pool.admit(one)
+    pool.publish(one, 0, 4)
+    pool.publish(two, 0, 4)  # what it holds is the same, and one copy is known
+    pool.release(one)
+    filler = sequence(1, first=50)
+    assert pool.grow(filler, 24)  # the known copy is gone
+    assert not pool.awaits(sequence(5))
+
+
 @pytest.mark.parametrize("harm", ["holders", "free list", "keys"])
 def test_check_finds_books_that_do_not_balance(harm: str) -> None:
     pool = BlockPool(4, 4)

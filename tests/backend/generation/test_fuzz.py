@@ -24,7 +24,7 @@ from backend.generation.sequence import SamplingParams, Sequence
 Counts = tuple[tuple[tuple[int, int], ...], ...]
 
 VOCABULARY = 29
-ROUNDS = int(os.environ.get("TRITONSPEED_FUZZ_ROUNDS", "100"))
+ROUNDS = int(os.environ.get("TRITONSPEED_FUZZ_ROUNDS", "60"))
 """Schedules of each of the 20 fuzz tests."""
 
 

@@ -148,6 +148,14 @@ def test_abort_frees_blocks_and_slot_at_once() -> None:
     s.check()
 
 
+def test_who_is_aborted_before_it_comes_is_not_queued() -> None:
+    s = scheduler()
+    seq = sequence(3, deadline=1.0)
+    s.abort(seq)
+    s.add(seq)
+    assert (s.idle, s.expire(2.0)) == (True, [])
+
+
 def test_deadlines_hold_while_waiting_and_while_running() -> None:
     s = scheduler(max_sequences=1)
     running, waiting, patient = added(
