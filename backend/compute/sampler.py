@@ -55,11 +55,12 @@ class Sampler:
 
     def _adjusted(self, logits: Tensor, sampling: Sampling, slots: NDArray[np.int32] | Tensor) -> Tensor:
         """Logits less blocked ids and with penalties; the logits themselves are left as they are."""
-        if not sampling.penalised and not len(sampling.blocked):
+        blocked = sampling.blocked[sampling.blocked[:, 1] < logits.shape[-1]]  # others cannot be chosen anyway
+        if not sampling.penalised and not len(blocked):
             return logits
         scores = logits.to(torch.float32, copy=True)  # [R, V]
-        if len(sampling.blocked):
-            rows, ids = self._upload(sampling.blocked.T)
+        if len(blocked):
+            rows, ids = self._upload(blocked.T)
             scores[rows, ids] = -torch.inf
         if sampling.penalised:
             self._penalise(scores, sampling, slots)

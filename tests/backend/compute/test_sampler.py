@@ -251,7 +251,7 @@ def test_blocked_ids_are_never_chosen() -> None:
     logits = torch.tensor([[9.0, 1.0, 2.0], [9.0, 1.0, 2.0]])
     plan = sampling(2, temperature=[0, 0], blocked=[(0, 0), (0, 2)])
     assert Sampler(3, 2, "cpu").sample(logits, plan, slots(2))[0].tolist() == [1, 0]
-    drawn = draw(logits[0], 500, blocked=[(row, 0) for row in range(500)])
+    drawn = draw(logits[0], 500, blocked=[(row, token) for row in range(500) for token in (0, 3, 9999)])
     assert set(drawn.tolist()) == {1, 2}
 
 
