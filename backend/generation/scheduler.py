@@ -5,13 +5,12 @@ It does not know how a step is computed, nor who reads the tokens.
 
 from __future__ import annotations
 
-import heapq
 from array import array
-from collections.abc import Callable
 from typing import NamedTuple
 
 from backend.errors import InvalidInput
 from backend.generation.blocks import BlockPool
+from backend.generation.heap import Heap
 from backend.generation.sequence import Sequence
 
 
@@ -56,8 +55,8 @@ class Scheduler:
         """Sequences put back to waiting so far, because blocks ran out."""
         # No more sequences than a step has tokens: so each running one advances in every step, and none starves.
         self._free_slots = list(range(min(max_sequences, step_tokens)))[::-1]
-        self._waiting = _Heap(_order)
-        self._deadlines = _Heap(lambda seq: (seq.deadline, seq.arrival))
+        self._waiting = Heap(_order)
+        self._deadlines = Heap(lambda seq: (seq.deadline, seq.arrival))
         self._running: dict[Sequence, None] = {}
 
     @property
@@ -206,37 +205,6 @@ class Scheduler:
         self._free_slots.append(seq.slot)
         seq.slot = -1
         self.pool.release(seq)
-
-
-class _Heap:
-    """Sequences by a key that never changes; those discarded stay inside until they surface or outnumber the others."""
-
-    def __init__(self, key: Callable[[Sequence], tuple[float, ...]]) -> None:
-        self._key = key
-        self._members: set[Sequence] = set()
-        self._entries: list[tuple[tuple[float, ...], Sequence]] = []
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def __contains__(self, seq: Sequence) -> bool:
-        return seq in self._members
-
-    def first(self) -> Sequence | None:
-        """Return the member with the smallest key, if any."""
-        while self._entries and self._entries[0][1] not in self._members:
-            heapq.heappop(self._entries)
-        return self._entries[0][1] if self._entries else None
-
-    def push(self, seq: Sequence) -> None:
-        self._members.add(seq)
-        heapq.heappush(self._entries, (self._key(seq), seq))
-
-    def discard(self, seq: Sequence) -> None:
-        self._members.discard(seq)
-        if len(self._entries) > 2 * len(self._members) + 64:
-            self._entries = [(self._key(member), member) for member in self._members]
-            heapq.heapify(self._entries)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
