@@ -1,7 +1,8 @@
 """tritonspeed's client: served models as Python calls. It needs no GPU, no torch and no model files."""
 
 from client.channel import Tls
-from client.deploy import Model, deploy, models, undeploy
+from client.control import Model
+from client.deploy import deploy, models, undeploy
 from client.errors import Cancelled, DeadlineExceeded, Error, InvalidInput, Overloaded, ServerError, Unavailable
 from client.generate import AsyncGenerate, Delta, Generate, Generated
 from client.pipeline import AsyncPipeline, Pipeline

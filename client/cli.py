@@ -121,8 +121,8 @@ def _generate(options: argparse.Namespace) -> None:
     sampling = {name: getattr(options, name) for name in KEYS if getattr(options, name, None) is not None}
     with pipeline("generate", options.name, timeout=options.timeout, **_where(options)) as pipe:
         for text in options.prompt or ["-"]:
-            prompt: Prompt = _stdin() if text == "-" else text
-            prompt = [{"role": "user", "content": prompt}] if options.chat else prompt
+            words = _stdin() if text == "-" else text
+            prompt: Prompt = [{"role": "user", "content": words}] if options.chat else words
             _write(pipe, prompt, sampling, options.json)
 
 
@@ -141,7 +141,7 @@ def _write(pipe: Generate, prompt: Prompt, sampling: Mapping[str, Any], as_json:
 def _deploy(options: argparse.Namespace) -> None:
     own = ("task", "name", "tensor_parallel", "dtype", "max_model_len", "kv_cache_fraction", "repository", "replace")
     given = {name: getattr(options, name) for name in (*own, "timeout")}
-    more = dict(_pairs("--set", options.set))
+    more: dict[str, Any] = dict(_pairs("--set", options.set))
     if twice := sorted(more.keys() & {*given, "model"}):
         raise InvalidInput(f"--set {twice[0]}: that has an option of its own")
     with deploy(options.model, **given, **_where(options), tell=_tell, **more) as pipe:

@@ -13,7 +13,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from client.channel import Endpoint, connect
-from client.errors import DeadlineExceeded, Error, InvalidInput, ServerError, failure
+from client.errors import DeadlineExceeded, Error, InvalidInput, ServerError, Unavailable, failure
 
 CALL_SECONDS = 10.0
 """For a call that has nothing to wait for."""
@@ -53,7 +53,7 @@ class Control:
         """Whether a server answers."""
         try:
             return bool(self._call("ServerLive", service_pb2.ServerLiveRequest(), timeout).live)
-        except Error:
+        except Unavailable:
             return False
 
     def ready(self, name: str) -> bool:
@@ -75,6 +75,10 @@ class Control:
         request = service_pb2.RepositoryModelUnloadRequest(model_name=name)
         self._call("RepositoryModelUnload", request, timeout, f"{name!r} could not be unloaded")
 
+    def wait_live(self, timeout: float) -> None:
+        """Until a server answers."""
+        _wait(self.live, timeout, f"no server answered at {self.address}")
+
     def wait_ready(self, name: str, timeout: float) -> None:
         """Until a model takes requests."""
         _wait(lambda: self.ready(name), timeout, f"{name!r} was not ready")
@@ -93,9 +97,8 @@ class Control:
             code, text = error.code().name, error.details() or ""
             if code == "DEADLINE_EXCEEDED":
                 raise DeadlineExceeded(f"{self.address} did not answer within {timeout:.3g} s", code) from None
-            raise (otherwise and refusal(otherwise, code, text, self.address)) or failure(
-                code, text, self.address
-            ) from None
+            refused = refusal(otherwise, code, text, self.address) if otherwise else None
+            raise refused or failure(code, text, self.address) from None
 
 
 def refusal(what: str, code: str, text: str, address: str) -> Error | None:

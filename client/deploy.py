@@ -93,6 +93,7 @@ def deploy(
     with Control(place.endpoint) as control:
         if not control.live():
             place = _start(place, end, tell)
+            control.wait_live(_left(end))
         tell(f"{name}: loading at {place.address}")
         with _written(place.folder(), task, name, checked, replace):
             _load(control, name, end)
@@ -184,7 +185,7 @@ def _start(place: Place, end: float, tell: Tell) -> Place:
     tell(f"no server answers at {place.address}: starting one on {folder}")
     others = [] if place.port == 8001 else ["--http-port", "0", "--metrics-port", "0"]
     where = ["--port", str(place.port), *others, "--repository", str(folder)]
-    command = [sys.executable, "-m", "backend.server", "--explicit", "--keep-going", "--detach", *where]
+    command = [sys.executable, "-P", "-m", "backend.server", "--explicit", "--keep-going", "--detach", *where]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_left(end), stdin=subprocess.DEVNULL, check=False

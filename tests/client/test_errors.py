@@ -57,9 +57,9 @@ def test_statuses_of_triton_and_grpc(code, message, kind):
         ("Request for unknown model: 'm' has no available versions", errors.Unavailable, "Request for"),
         ("unexpected inference input 'temperature' for model 'm'", errors.InvalidInput, "unexpected"),
         (
-            "[request id: <id_unknown>] unexpected shape for input 'a' for model 'm'. Expected [-1,1], got [1]. NOTE: x",
+            "[request id: <id_unknown>] unexpected shape for input 'a'. Expected [-1,1], got [1]. NOTE: x",
             errors.InvalidInput,
-            "unexpected shape for input 'a' for model 'm'. Expected [-1,1], got [1].",
+            "unexpected shape for input 'a'. Expected [-1,1], got [1].",
         ),
         (
             "[request id: <id_unknown>] inference request batch-size must be <= 8 for 'm'",

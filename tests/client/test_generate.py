@@ -95,7 +95,8 @@ def test_an_unknown_option_is_named_with_the_known_ones(server, pipe):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": True}, "max_tokens"), ({"max_tokens": 2**31}, "2147483647"),
+        ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 2**31}, "2147483647"), ({"max_tokens": None, "top_k": [1]}, "top_k"),
         ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"), ({"temperature": "0.5"}, "temperature"),
         ({"temperature": float("nan")}, "finite"), ({"top_p": float("inf")}, "finite"), ({"min_p": 1e300}, "finite"),
         ({"stop": [1]}, "stop"), ({"stop": b"x"}, "stop"), ({"stop": "\ud800"}, "surrogate"), ({"stop": 3}, "stop"),

@@ -93,6 +93,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.ready: dict[str, tuple[str, str]] = {}
         self.explicit = True
         self.load_failure = ""
+        self.state_after_load, self.state_after_unload = "READY", "UNAVAILABLE"
         self._server = grpc.server(ThreadPoolExecutor(64), options=[("grpc.so_reuseport", 0)])
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         bound = f"127.0.0.1:{port}"
@@ -142,14 +143,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.abort(grpc.StatusCode.INTERNAL, f"failed to load '{name}', failed to poll from model repository")
         if self.load_failure:
             context.abort(grpc.StatusCode.INTERNAL, f"failed to load '{name}', {self.load_failure}")
-        self.ready[name] = ("READY", "")
+        self.ready[name] = (self.state_after_load, "")
         return service_pb2.RepositoryModelLoadResponse()
 
     def RepositoryModelUnload(self, request, context):
         self.calls.append(("unload", request.model_name))
         self._check_explicit(context)
         if request.model_name in self.ready:
-            self.ready[request.model_name] = ("UNAVAILABLE", "unloaded")
+            self.ready[request.model_name] = (self.state_after_unload, "unloaded")
         return service_pb2.RepositoryModelUnloadResponse()
 
     def _check_explicit(self, context):
