@@ -28,6 +28,7 @@ from backend.launcher.output import Output
 from backend.launcher.ports import require_free
 from backend.launcher.tritonserver import Options, Ports
 from client import local
+from client.errors import Error as ClientError
 
 _POLL_SECONDS = 0.2
 _KILL_SECONDS = 5
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given = sys.argv[1:] if arguments is None else arguments
             return detach.start([argument for argument in given if argument != "--detach"], run_folder.run())
         return serve(options)
-    except ServingError as error:
+    except (ServingError, ClientError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """From the checks that cost nothing to the last process gone."""
+    if options.drain_seconds < 0:
+        raise LoadError("--drain-seconds must not be negative")
     signal.signal(signal.SIGTERM, _interrupt)  # until the child is there to be stopped in order
     installation = tritonserver.find()
     wanted = {"--port": options.port, "--http-port": options.http_port, "--metrics-port": options.metrics_port}
@@ -179,8 +182,8 @@ def _failed(child: Child, output: Output, what: str) -> int:
     status = child.ended()
     child.kill()
     how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
-    reason = output.failures[-1] if output.failures else f"tritonserver {what} ({how})"
-    _say(f"error: {reason}; all it said: {output.log}")
+    reason = "; ".join(output.failures) or f"tritonserver {what} ({how})"
+    _say(f"error: {reason} (all it said: {output.log})")
     return 1
 
 

@@ -1,4 +1,4 @@
-"""GGUF to a Hugging Face folder: `python -m backend.compute.convert_gguf FILE FOLDER`. It knows no source but SmolLM2."""
+"""GGUF to a Hugging Face folder: `python -m backend.compute.convert_gguf FILE FOLDER`. It knows SmolLM2 alone."""
 
 from __future__ import annotations
 

@@ -15,8 +15,10 @@ _LOG = re.compile(r'([EWI])\d{4} [\d:.]+ \d+ ([\w.]+):\d+\] "?(.*?)"?$')
 _FAILED = re.compile(r"failed to load '([^']+)' version \d+: (?:\w[\w ]*: )?(?:TritonModelException: )?(.*)")
 _ECHOES = ("backend_model.cc", "pb_stub.cc")
 """Sources of Triton that report a failed load which model_lifecycle.cc reports too."""
-_HARMLESS = ("CudaDriverHelper has not been initialized", "Failed to initialize NVML")
-"""What every start on a machine without a GPU says."""
+_HARMLESS = (
+    "CudaDriverHelper has not been initialized",  # on a machine without a GPU
+    "failed to load all models",  # each one's own line says why
+)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -59,7 +61,7 @@ class Output:
         self.tail.append(line)
         told = telling(line)
         if told and " | failed: " in told:
-            self.failures.append(told)
+            self.failures.append(told.replace(" | failed: ", " failed to load: ", 1))
         if told or self._verbose:
             self._show(line if self._verbose else str(told))
 

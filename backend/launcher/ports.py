@@ -18,16 +18,16 @@ def require_free(host: str, wanted: dict[str, int]) -> dict[str, int]:
 
 
 def _bind(host: str, option: str, port: int, sockets: list[socket.socket]) -> int:
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take it modulo 65536
+        raise LoadError(f"port {port} ({option}) does not exist: 0 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         probe = socket.socket(family, kind)
         sockets.append(probe)
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: TIME_WAIT is no obstacle
         probe.bind(address)
-    except (OSError, OverflowError) as error:
-        raise LoadError(f"port {port} ({option}) on {host} cannot be used: {_reason(error)}") from None
+    except OSError as error:
+        raise LoadError(
+            f"port {port} ({option}) on {host} cannot be used: {str(error.strerror or error).lower()}"
+        ) from None
     return int(probe.getsockname()[1])
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error).lower()

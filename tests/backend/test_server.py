@@ -1,0 +1,474 @@
+"""The launcher: with a stand-in for tritonserver, and with a real one and a model of a few lines."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from backend import server
+from backend.errors import LoadError
+from backend.launcher import leftovers, tritonserver
+from backend.launcher.output import Output, telling
+from backend.launcher.ports import require_free
+from backend.launcher.tritonserver import Installation, Options, Ports
+
+FAKES = Path(__file__).resolve().parents[1] / "fakes"
+REPOSITORY = FAKES / "repository"
+ANY_PORT = ["--port=0", "--http-port=0", "--metrics-port=0"]
+LOCAL = Ports("127.0.0.1", 1, 2, 3)
+ANYWHERE = Ports("0.0.0.0", 1, 2, 3)
+
+
+class Launcher:
+    """A launcher in a process of its own, and all that it said so far."""
+
+    def __init__(self, *arguments, **environment):
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "backend.server", *ANY_PORT, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        self.said = ""
+
+    def until(self, text):
+        for line in self.process.stderr:
+            self.said += line
+            if text in line:
+                return line
+        raise AssertionError(f"{text!r} never came:\n{self.said}")
+
+    def end(self, timeout=30):
+        """The exit status, once everything has been read."""
+        self.said += self.process.communicate(timeout=timeout)[1]
+        return self.process.returncode
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITONSPEED_RUN", str(tmp_path / "run"))
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments, **environment):
+            launcher = Launcher(*arguments, **environment)
+            stack.callback(launcher.process.stderr.close)
+            stack.callback(launcher.process.wait)
+            stack.callback(launcher.process.kill)
+            return launcher
+
+        yield start
+
+
+@pytest.fixture
+def fake(launch, tmp_path):
+    """Starts a launcher over the stand-in; the stand-in's own notes are at fake.log."""
+
+    def start(mode, *arguments, **environment):
+        given = {"TRITONSERVER": str(FAKES / "fake_tritonserver.py"), "FAKE": mode, "FAKE_LOG": str(start.log)}
+        return launch(f"--repository={REPOSITORY}", *arguments, **given, **environment)
+
+    start.log = tmp_path / "fake.log"
+    return start
+
+
+def started(fake):
+    """Process ids of the stand-in and of its child."""
+    return [int(pid) for pid in fake.log.read_text().split("\n")[0].split()]
+
+
+def alive(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def gone(pids, seconds=10):
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def assert_nothing_left(launcher, pids, run):
+    assert gone(pids)
+    assert [path.name for path in run.iterdir() if path.suffix != ".log"] == []
+    assert list(Path("/dev/shm").glob(f"tritonspeed_{launcher.process.pid}_*")) == []
+
+
+# --- with the stand-in
+
+
+def test_ready_tells_what_to_try_and_ctrl_c_leaves_nothing(fake, tmp_path):
+    launcher = fake("ready")
+    ready = launcher.until("ready after")
+    grpc = re.search(r"127\.0\.0\.1:(\d+) \(gRPC\)", ready)[1]
+    launcher.until("tritonspeed generate")
+    launcher.until("curl")
+    launcher.until("from client import pipeline")
+    launcher.until("Ctrl-C")
+    assert "generate | rank 0 | loaded 40 %" in launcher.said
+    assert "loading: generate" not in launcher.said
+    state = json.loads((tmp_path / "run" / f"{grpc}.json").read_text())
+    assert (state["pid"], state["repository"]) == (launcher.process.pid, str(REPOSITORY))
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.end() == 0
+    assert_nothing_left(launcher, started(fake), tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_verbose_shows_everything(fake):
+    launcher = fake("ready", "--verbose")
+    launcher.until("loading: generate")
+
+
+def test_working_directory_is_empty(fake):
+    fake("ready").until("ready after")
+    assert list(Path(fake.log.read_text().split("\n")[1]).iterdir()) == []
+
+
+def test_failed_load_is_one_line_and_status_1(fake, tmp_path):
+    launcher = fake("broken")
+    assert launcher.end() == 1
+    assert "error: generate failed to load: LoadError: no such model: /x (all it said:" in launcher.said
+    assert "initialize" not in launcher.said
+    assert_nothing_left(launcher, started(fake), tmp_path / "run")
+    (log,) = (tmp_path / "run").glob("*.log")
+    assert "initialize" in log.read_text()
+
+
+def test_a_server_that_dies_is_reported(fake, tmp_path):
+    launcher = fake("crash")
+    assert launcher.end() == 1
+    assert "signal 9" in launcher.said
+    assert_nothing_left(launcher, started(fake), tmp_path / "run")
+
+
+def test_a_server_that_does_not_stop_is_killed_at_the_limit(fake, tmp_path):
+    launcher = fake("deaf", "--drain-seconds=0")
+    launcher.until("Ctrl-C")
+    launcher.process.terminate()
+    assert launcher.end() == 0
+    assert "without waiting any longer" in launcher.said
+    assert_nothing_left(launcher, started(fake), tmp_path / "run")
+
+
+def test_a_second_signal_ends_it_at_once(fake, tmp_path):
+    launcher = fake("deaf", "--drain-seconds=3600")
+    launcher.until("Ctrl-C")
+    launcher.process.send_signal(signal.SIGINT)
+    launcher.until("stopping")
+    assert launcher.process.poll() is None
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.end() == 0
+    assert_nothing_left(launcher, started(fake), tmp_path / "run")
+
+
+def test_a_killed_launcher_takes_the_server_with_it(fake, tmp_path):
+    launcher = fake("ready")
+    launcher.until("ready after")
+    launcher.process.kill()
+    assert gone(started(fake))
+
+
+def test_the_next_start_clears_what_a_killed_launcher_left(fake, tmp_path):
+    first = fake("ready")
+    first.until("ready after")
+    first.process.kill()
+    first.process.wait()
+    assert gone(started(fake))
+    assert list(Path("/dev/shm").glob(f"tritonspeed_{first.process.pid}_*"))
+    second = fake("ready")
+    second.until("ready after")
+    assert not list(Path("/dev/shm").glob(f"tritonspeed_{first.process.pid}_*"))
+    assert [path.name for path in (tmp_path / "run").glob("server-*")] == [f"server-{second.process.pid}"]
+
+
+def test_detach_returns_when_ready_and_leaves_it_running(fake, tmp_path):
+    launcher = fake("ready", "--detach")
+    assert launcher.end() == 0
+    pid = int(re.search(r"as process (\d+)", launcher.said)[1])
+    assert "ready after" in launcher.said and alive(pid)
+    os.kill(pid, signal.SIGTERM)
+    assert gone([pid, *started(fake)])
+
+
+def test_detach_reports_a_failure(fake):
+    launcher = fake("broken", "--detach")
+    assert launcher.end() == 1
+    assert "no such model: /x" in launcher.said
+
+
+def test_bound_elsewhere_the_servers_own_apis_need_a_key(fake):
+    launcher = fake("ready", "--host=0.0.0.0", TRITONSPEED_ADMIN_KEY="secret")
+    launcher.until("ready after")
+    given = fake.log.read_text()
+    protected = "shared-memory,model-repository,model-config,trace,logging:admin-key=secret"
+    assert f"--grpc-restricted-protocol={protected}" in given
+    assert f"--http-restricted-api={protected}" in given
+
+
+def test_a_key_is_made_up_and_told(fake):
+    launcher = fake("ready", "--host=0.0.0.0")
+    key = launcher.until("admin-key:").split()[-1]
+    launcher.until("ready after")
+    assert len(key) > 16 and f"admin-key={key}" in fake.log.read_text()
+
+
+# --- what costs no process
+
+
+def test_a_taken_port_names_its_option(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert server.main([f"--repository={REPOSITORY}", *ANY_PORT, f"--http-port={port}"]) == 1
+    assert (
+        f"error: port {port} (--http-port) on 127.0.0.1 cannot be used: address already in use"
+        in capsys.readouterr().err
+    )
+
+
+def test_free_ports_differ():
+    ports = require_free("127.0.0.1", {"a": 0, "b": 0, "c": 0})
+    assert len(set(ports.values())) == 3
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_an_impossible_port_is_refused(port):
+    with pytest.raises(LoadError, match=f"port {port} "):
+        require_free("127.0.0.1", {"--port": port})
+
+
+def bundled(tmp_path):
+    return Installation(tmp_path / "bin" / "tritonserver", None, tmp_path)
+
+
+def test_the_pypi_server_stays_on_loopback(tmp_path):
+    tritonserver.check_host(bundled(tmp_path), LOCAL, {})
+    with pytest.raises(LoadError, match="security holes: loopback only"):
+        tritonserver.check_host(bundled(tmp_path), ANYWHERE, {})
+
+
+@pytest.mark.parametrize(("release", "allowed"), [("26.06", False), ("25.10", False), ("26.07", True), ("26.10", True)])
+def test_an_old_release_stays_on_loopback(release, allowed):
+    installation = Installation(Path("/opt/tritonserver/bin/tritonserver"), None, None)
+    given = {"NVIDIA_TRITON_SERVER_VERSION": release}
+    with contextlib.nullcontext() if allowed else pytest.raises(LoadError, match=re.escape(release)):
+        tritonserver.check_host(installation, ANYWHERE, given)
+
+
+def test_tritonserver_is_taken_from_the_environment_then_path_then_the_wheel(tmp_path):
+    program = tmp_path / "tritonserver"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert tritonserver.find({"TRITONSERVER": str(program)}).executable == program
+    assert tritonserver.find({"PATH": str(tmp_path)}).executable == program
+    with pytest.raises(LoadError, match="TRITONSERVER names no executable"):
+        tritonserver.find({"TRITONSERVER": str(tmp_path / "none")})
+    given = tritonserver.find({"TRITONSERVER": str(program), "TRITON_BACKENDS": "/b"})
+    assert tritonserver.link_backends(given, tmp_path / "unused") == Path("/b")
+
+
+def test_backends_are_links_with_this_pythons_stub(tmp_path):
+    wheel = tmp_path / "wheel"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for name in (f"python_backend_stubs/{version}/triton_python_backend_stub", "backends/python/libtriton_python.so"):
+        (wheel / name).parent.mkdir(parents=True)
+        (wheel / name).write_text(name)
+    folder = tritonserver.link_backends(bundled(wheel), tmp_path / "backends")
+    links = sorted((folder / "python").iterdir())
+    assert [link.name for link in links] == ["libtriton_python.so", "triton_python_backend_stub"]
+    assert all(link.is_symlink() and link.exists() for link in links)
+
+
+def test_a_python_without_stub_is_refused(tmp_path):
+    with pytest.raises(LoadError, match="no stub for Python"):
+        tritonserver.link_backends(bundled(tmp_path), tmp_path / "backends")
+
+
+def test_command_line(tmp_path):
+    line = tritonserver.command(Path("/t"), tmp_path, None, LOCAL, Options())
+    assert "--disable-auto-complete-config" in line and "--grpc-address=127.0.0.1" in line
+    assert not any("restricted" in word or "model-control" in word for word in line)
+    empty = tritonserver.command(Path("/t"), tmp_path, None, LOCAL, Options(explicit=True))
+    assert "--model-control-mode=explicit" in empty and "--load-model=*" not in empty
+    (tmp_path / "generate").mkdir()
+    assert "--load-model=*" in tritonserver.command(Path("/t"), tmp_path, None, LOCAL, Options(explicit=True))
+
+
+def test_stubs_get_this_python_first_on_path(tmp_path):
+    given = tritonserver.environment(tmp_path, {"PATH": "/usr/bin", "OMP_NUM_THREADS": "7"})
+    assert given["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert given["TRITONSPEED_PYTHON"] == sys.executable
+    assert given["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "tensor_paralel=2"], "unknown parameter 'tensor_paralel'"),
+        (["--set", "block_size"], "--set takes KEY=VALUE, not 'block_size'"),
+        (["--tensor-parallel", "0"], "tensor_parallel must be positive"),
+        (["--dtype", "int3"], "dtype must be one of"),
+        (["--model", "./nowhere"], "no such model folder: "),
+        (["--model", "a/b/c"], "no such model folder: "),
+        (["--drain-seconds", "-1"], "--drain-seconds must not be negative"),
+        (["--name", "../x", "--model", "/"], "a model's name must be"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITONSPEED_RUN", str(tmp_path))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert server.main([*ANY_PORT, *arguments]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: ") and message in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_repository_and_model_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        server.parse(["--repository=x", "--set", "a=b"])
+    assert "served as it is" in capsys.readouterr().err
+
+
+# --- lines
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("tritonspeed | generate | rank 0 | loaded 40 %", "generate | rank 0 | loaded 40 %"),
+        ('I1123 07:00:08.464342 9802 model_lifecycle.cc:472] "loading: ok:1"', None),
+        ('W1123 07:00:08.847199 9802 metrics.cc:798] "DCGM unable to start"', None),
+        ('E1123 07:00:08.462847 9802 server.cc:241] "CudaDriverHelper has not been initialized."', None),
+        ('E1123 07:00:08.1 9802 backend_model.cc:692] "ERROR: Failed to create instance: x"', None),
+        (r'E1123 07:00:08.1 98 model.py:8] "oh \"dear\"\nsecond"', 'tritonserver | oh "dear"'),
+        (
+            "E1123 07:08.8 98 model_lifecycle.cc:6] \"failed to load 'bad' version 1: Internal: ValueError: no\\n\\nAt\"",
+            "bad | failed: ValueError: no",
+        ),
+        ("error: creating server: Internal - failed to load all models", None),
+        ("error: unknown option --x", "tritonserver | unknown option --x"),
+        ("[INFO] noise of a library", None),
+    ],
+)
+def test_only_telling_lines_are_shown(line, shown):
+    assert telling(line) == shown
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path):
+    shown = []
+    Output(tmp_path / "log", verbose=True, show=shown.append).read(["a\x1b[2Jb\n"])
+    assert shown == ["a?[2Jb"]
+    assert (tmp_path / "log").read_text() == "a\x1b[2Jb\n"
+
+
+# --- leftovers
+
+
+def dead_pid():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    return process.pid
+
+
+def aged(path):
+    path.write_bytes(b"x" * 4096)
+    os.utime(path, (time.time() - 60, time.time() - 60))
+    return path
+
+
+def test_sweep_takes_what_nobody_uses(tmp_path):
+    aged(tmp_path / "deepspeed_allreduce_buffer_0_x")
+    aged(tmp_path / f"tritonspeed_{dead_pid()}_x")
+    stay = [aged(tmp_path / "somebody_elses"), aged(tmp_path / f"tritonspeed_{os.getpid()}_x")]
+    fresh = tmp_path / "triton_python_backend_shm_region_new"
+    fresh.write_bytes(b"x")
+    assert len(leftovers.sweep(tmp_path)) == 2
+    assert sorted(tmp_path.iterdir()) == sorted([*stay, fresh])
+
+
+def test_sweep_leaves_what_a_process_has_mapped(tmp_path):
+    used = aged(tmp_path / "triton_python_backend_shm_region_used")
+    mapped = np.memmap(used, mode="r")  # numpy closes the file: the mapping alone is left
+    assert leftovers.sweep(tmp_path) == []
+    del mapped
+    assert leftovers.sweep(tmp_path) == [used.name]
+
+
+# --- the real server
+
+
+def infer(ready, model, values, timeout=30):
+    port = re.search(r"(\d+) \(HTTP\)", ready)[1]
+    tensor = {"name": "x", "datatype": "FP32", "shape": [len(values)], "data": values}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v2/models/{model}/infer", json.dumps({"inputs": [tensor]}).encode()
+    )
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return json.load(answer)["outputs"][0]["data"]
+
+
+@pytest.mark.server
+def test_real_server_serves_drains_and_leaves_nothing(launch, tmp_path):
+    launcher = launch(f"--repository={REPOSITORY}")
+    ready = launcher.until("ready after")
+    assert f"echo | python {sys.executable}" in launcher.said
+    descendants = [process.pid for process in psutil.Process(launcher.process.pid).children(recursive=True)]
+    assert len(descendants) >= 3  # tritonserver, the stub, the stub's child
+    assert infer(ready, "echo", [0.0, 2.0]) == [0.0, 2.0]
+    answers = []
+    slow = threading.Thread(target=lambda: answers.append(infer(ready, "echo", [2.0])))
+    slow.start()
+    time.sleep(0.5)  # the request is in the model
+    launcher.process.send_signal(signal.SIGINT)
+    slow.join()
+    assert answers == [[2.0]]
+    assert launcher.end() == 0
+    assert_nothing_left(launcher, descendants, tmp_path / "run")
+
+
+@pytest.mark.server
+def test_real_server_one_broken_model(launch, tmp_path):
+    models = tmp_path / "models"
+    for name in ("echo", "broken"):
+        (models / name / "1").mkdir(parents=True)
+        for file in ("config.pbtxt", "1/model.py"):
+            (models / name / file).write_text((REPOSITORY / "echo" / file).read_text())
+    launcher = launch(f"--repository={models}")
+    assert launcher.end() == 1
+    assert "error: broken failed to load: LoadError: no such model: /nowhere" in launcher.said
+    launcher = launch(f"--repository={models}", "--keep-going", "--explicit")
+    assert infer(launcher.until("ready after"), "echo", [0.0]) == [0.0]
+    assert "broken | failed: LoadError: no such model: /nowhere" in launcher.said
+    launcher.process.terminate()
+    assert launcher.end() == 0
+
+
+@pytest.mark.server
+def test_real_server_dies_with_a_killed_launcher(launch):
+    launcher = launch(f"--repository={REPOSITORY}")
+    launcher.until("ready after")
+    server_process, *others = psutil.Process(launcher.process.pid).children(recursive=True)
+    rank = others[-1]
+    launcher.process.kill()
+    try:
+        assert gone([server_process.pid, *(process.pid for process in others[:-1])])  # tritonserver and the stub
+    finally:
+        rank.kill()

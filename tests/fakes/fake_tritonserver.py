@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Stands in for tritonserver: takes its options, answers the readiness probe, and misbehaves as $FAKE says.
+
+ready: serves until SIGTERM.  deaf: also ignores SIGTERM.  broken: a model fails.  crash: serves, then dies at once.
+"""
+
+import http.server
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+mode = os.environ["FAKE"]
+options = dict(re.match("--([^=]+)=?(.*)", given).groups() for given in sys.argv[1:])
+waits = "import time; time.sleep(600)" if mode == "deaf" else "import sys; sys.stdin.read()"  # until its parent is gone
+child = subprocess.Popen([sys.executable, "-c", waits], stdin=subprocess.PIPE)
+prefix = options["backend-config"].partition("shm-region-prefix-name=")[2]
+Path(f"/dev/shm/{prefix}fake").write_bytes(b"x")
+if log := os.environ.get("FAKE_LOG"):
+    Path(log).write_text(f"{os.getpid()} {child.pid}\n{os.getcwd()}\n" + "\n".join(sys.argv[1:]))
+
+print("tritonspeed | generate | rank 0 | loaded 40 %", flush=True)
+print('I1123 07:00:08.464342 9802 model_lifecycle.cc:472] "loading: generate:1"', flush=True)
+
+if mode == "broken":
+    why = r"Internal: TritonModelException: LoadError: no such model: /x\n\nAt:\n  /m/1/model.py(5): initialize\n"
+    print(f"E1123 07:00:08.844978 9802 model_lifecycle.cc:642] \"failed to load 'generate' version 1: {why}\"")
+    print("error: creating server: Internal - failed to load all models", flush=True)
+    sys.exit(1)
+
+
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        if mode == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def log_message(self, *_):
+        pass
+
+
+if mode == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+http.server.HTTPServer((options["http-address"], int(options["http-port"])), Ready).serve_forever()
