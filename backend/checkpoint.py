@@ -15,7 +15,7 @@ from backend.config import EngineConfig
 from backend.errors import LoadError
 from backend.model_folder import Checkpoint, resolve, root
 
-__all__ = ["SHARDABLE", "Checkpoint", "Fit", "check", "check_family", "free_memory", "resolve", "root"]
+__all__ = ["SHARDABLE", "Checkpoint", "Fit", "check", "check_family", "free_memory", "resolve", "root", "share_heads"]
 
 SHARDABLE = frozenset(
     """
@@ -26,7 +26,7 @@ SHARDABLE = frozenset(
 """Families whose logits under AutoTP equal the whole model's: tests/backend/compute/test_load.py shows each."""
 
 _UNSHARDABLE = {
-    "phi3": "DeepSpeed cuts its fused gate and up projection apart wrongly",
+    "phi3": "it takes its fused projections apart by the counts of the whole model",
     "olmo2": "it normalises queries and keys over all heads, which no rank has",
     "gpt2": "DeepSpeed has no rule for its transposed layers",
 }
@@ -81,7 +81,7 @@ def check(config: EngineConfig) -> Fit:
     checkpoint = Checkpoint.open(resolve(config.model, root()))
     check_family(checkpoint, config.tensor_parallel)
     geometry = _Geometry.of(checkpoint)
-    heads = _share_heads(geometry, config.tensor_parallel)
+    heads = share_heads(checkpoint, config.tensor_parallel)
     device, free = _devices(config)
     dtype = _dtype(config, checkpoint, device)
     weights = _weight_bytes(checkpoint, heads, _ITEMSIZE[dtype])
@@ -143,8 +143,12 @@ def _rows(checkpoint: Checkpoint, ending: str) -> int:
     return next((tensor.shape[0] for name, tensor in checkpoint.tensors.items() if name.endswith(ending)), 0)
 
 
-def _share_heads(geometry: _Geometry, ranks: int) -> tuple[int, ...]:
-    """Key/value heads of each rank; DeepSpeed deals them out one by one, so the first ranks may hold one more."""
+def share_heads(checkpoint: Checkpoint, ranks: int) -> tuple[int, ...]:
+    """Count the key/value heads of each rank; the first ranks hold one more where they do not divide evenly.
+
+    LoadError if a rank would have none. Source: deepspeed.module_inject.tp_shard.
+    """
+    geometry = _Geometry.of(checkpoint)
     if geometry.kv_heads < ranks:
         raise LoadError(
             f"tensor_parallel {ranks} is more than the model's {geometry.kv_heads} key/value heads"

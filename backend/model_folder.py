@@ -96,7 +96,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        return str(self.config.get("model_type", ""))
+        return str(self.config.get("model_type") or "")
 
     @property
     def architectures(self) -> list[str]:
@@ -186,14 +186,14 @@ def _read_indexed(folder: Path) -> dict[str, Tensor]:
     index = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise LoadError(f"{folder / INDEX} has no weight_map")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(index.values())):
+    headers: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(set(index.values()), key=str):
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise LoadError(f"{folder / INDEX} names {name!r}, which is not a safetensors file beside it")
-        tensors |= _read_header(folder / name)
-    if lost := sorted(name for name, file in index.items() if name not in tensors or tensors[name].file.name != file):
+        headers[name] = _read_header(folder / name)
+    if lost := sorted(name for name, file in index.items() if name not in headers[file]):
         raise LoadError(f"{folder / INDEX} puts {lost[0]!r} in {index[lost[0]]}, which does not hold it")
-    return {name: tensors[name] for name in index}
+    return {name: headers[file][name] for name, file in index.items()}
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:

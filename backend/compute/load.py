@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from backend.checkpoint import Checkpoint, check_family, resolve, root
+from backend.checkpoint import Checkpoint, check_family, resolve, root, share_heads
 from backend.compute import fused
 from backend.compute.sharding import check_shards, shard, spans
 from backend.compute.tensor_parallel import VocabParallelHead
@@ -42,6 +42,7 @@ def load(
     """
     checkpoint = Checkpoint.open(resolve(config.model, root()))
     check_family(checkpoint, world)
+    share_heads(checkpoint, world)
     model = _empty(checkpoint, dtype, attention)
     with Reader(checkpoint) as reader:
         wanted = recipes(model, checkpoint)
@@ -184,7 +185,7 @@ def _values(
 
 def _copy(name: str, place: torch.Tensor, value: torch.Tensor) -> None:
     if place.shape != value.shape:
-        raise LoadError(f"{name!r} is {list(value.shape)} in the checkpoint, {list(place.shape)} in the model")
+        raise LoadError(f"{name!r}: the part for this rank is {list(value.shape)}, its place {list(place.shape)}")
     if value.dtype.is_floating_point != place.dtype.is_floating_point or value.dtype.itemsize < 2:
         raise LoadError(f"{name!r} is stored as {value.dtype}, which cannot become {place.dtype}")
     place.copy_(value)

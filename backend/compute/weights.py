@@ -6,7 +6,7 @@ Names follow transformers' own conversion rules (renamed, prefixed or merged ten
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -36,6 +36,8 @@ class Recipe:
     """Tensor names, by the pattern of the conversion that takes them."""
     converter: Any = None
     """transformers' WeightConverter; None where the tensor is the parameter."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of all the whole model's parameters: a part cut from a tensor too large would look right."""
 
     @property
     def names(self) -> list[str]:
@@ -76,6 +78,7 @@ def recipes(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Recipe]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     targets: dict[str, Any] = model.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in targets.items()}
     prefix = model.base_model_prefix
     found: dict[str, Recipe] = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):
@@ -83,14 +86,22 @@ def recipes(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Recipe]
         if target not in targets and name in targets:
             target, pattern = name, None
         if target in targets:
-            _add(found, target, name, pattern, by_pattern)
+            if pattern is None:
+                check_shape(target, checkpoint.tensors[name].shape, shapes)
+            recipe = Recipe(converter=None if pattern is None else by_pattern[pattern], shapes=shapes)
+            _add(found.setdefault(target, recipe), target, name, pattern)
         elif not _ignored(name, model):
             raise LoadError(f"tensor {name!r} of the checkpoint has no place in {type(model).__name__}")
     return found
 
 
-def _add(found: dict[str, Recipe], target: str, name: str, pattern: str | None, rules: dict[str, Any]) -> None:
-    recipe = found.setdefault(target, Recipe(converter=None if pattern is None else rules[pattern]))
+def check_shape(name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """LoadError unless a whole parameter has the shape that the model gives it."""
+    if shapes.get(name, shape) != shape:
+        raise LoadError(f"{name!r} is {list(shape)} in the checkpoint, {list(shapes[name])} in the model")
+
+
+def _add(recipe: Recipe, target: str, name: str, pattern: str | None) -> None:
     if recipe.sources and (pattern is None or recipe.converter is None):
         raise LoadError(f"tensors {recipe.names[0]!r} and {name!r} of the checkpoint both make {target!r}")
     recipe.sources.setdefault(pattern or name, []).append(name)
@@ -130,4 +141,7 @@ class Reader:
             for name in names:
                 rule.add_tensor(target, name, pattern, lambda name=name: self.part(name))
         made = rule.convert(target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        values = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        for name, value in values.items():
+            check_shape(name, tuple(value.shape), recipe.shapes)
+        return values
