@@ -1,27 +1,21 @@
-"""Parameters: what a caller may ask for, checked value by value. It does not know prompts or how tensors arrive.
-
-PARAMETERS is the one table of names, types and ranges; config.pbtxt and the documentation follow it.
-"""
+"""Options: all that one prompt's caller asks for, from the sources where it may stand. It does not know the prompt."""
 
 from __future__ import annotations
 
 import json
-import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError
+from backend.generation.parameter import INT32, NAMED, check, shown
 from backend.generation.sequence import SamplingParams
 from backend.generation.tokenizer import Tokenizer
 
-INT32, UINT64 = 2**31 - 1, 2**64 - 1
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_IDS = 256
 MAX_SALT_BYTES = 256
@@ -30,102 +24,6 @@ MAX_JSON_BYTES = 1 << 20
 LATER = frozenset({"structured_outputs", "guided_decoding_guide_type", "guided_decoding_guide"})
 _TRANSPORT = frozenset({"sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
 """Request parameters that Triton's own protocol sets, beside those that begin with triton_."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One thing that a caller may set."""
-
-    name: str
-    type: str
-    """Triton's: BOOL, INT32, UINT64, FP32, BYTES."""
-    meaning: str
-    low: float = -inf
-    high: float = inf
-    open: bool = False
-    """Whether `low` itself is refused."""
-    many: bool = False
-    """Whether it is a list (one value alone is a list of one)."""
-    aliases: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    """The names under which it is a tensor of the model too; the others are keys of JSON only."""
-
-    def read(self, name: str, value: object, most: int = INT32) -> Any:
-        """The value as bool, int, float, str or a tuple of `most` of them; InvalidInput names it as the caller did."""
-        if not self.many:
-            return self._one(name, value)
-        values = value if isinstance(value, list | tuple) else [value]
-        values = [each for each in values if each != b""]  # rows of one tensor are equally long: it fills shorter ones
-        _check(len(values) <= most, f"{name} has {len(values)} values, the limit is {most}")
-        return tuple(self._one(f"{name}[{at}]", each) for at, each in enumerate(values))
-
-    def _one(self, name: str, value: object) -> Any:
-        kind, reader = _READERS[self.type]
-        try:
-            found = reader(_plain(value))
-        except (ValueError, TypeError, OverflowError, KeyError):
-            raise InvalidInput(f"{name} must be {kind}, not {_shown(value)}") from None
-        if self.type not in ("BOOL", "BYTES") and not self._within(found):
-            raise InvalidInput(f"{name} must be {self.range}, not {_shown(found)}")
-        return found
-
-    def _within(self, value: float) -> bool:
-        return self.low < value <= self.high if self.open else self.low <= value <= self.high
-
-    @property
-    def range(self) -> str:
-        """The permitted numbers, in words."""
-        return f"{'above' if self.open else 'at least'} {self.low:.20g} and at most {self.high:.20g}"
-
-
-def _flag(name: str, meaning: str, aliases: tuple[str, ...] = (), given: bool = True) -> Parameter:
-    return Parameter(name, "BOOL", meaning, aliases=aliases, inputs=(name,) if given else ())
-
-
-def _number(name: str, type_: str, low: float, high: float, meaning: str, **more: Any) -> Parameter:
-    return Parameter(name, type_, meaning, low, high, **{"inputs": (name,), **more})
-
-
-PARAMETERS = (
-    _flag("stream", "deltas as they come, instead of one response"),
-    _number("max_tokens", "INT32", 1, INT32, "new tokens at most", aliases=("max_new_tokens",)),
-    _number(
-        "min_tokens", "INT32", 0, INT32, "new tokens before an end token may come",
-        aliases=("min_length", "min_new_tokens"), inputs=("min_tokens", "min_length"),
-    ),
-    _number("max_length", "INT32", 1, INT32, "tokens of prompt and completion at most", inputs=()),
-    _number("temperature", "FP32", 0, 100, "divides the logits; 0 is greedy"),
-    _flag("do_sample", "false is greedy, whatever the temperature", given=False),
-    _number("top_p", "FP32", 0, 1, "the most likely tokens of this probability together", open=True),
-    _number("top_k", "INT32", -1, INT32, "this many most likely tokens; 0 or -1 is off"),
-    _number("min_p", "FP32", 0, 1, "tokens of at least this share of the greatest probability"),
-    _number("repetition_penalty", "FP32", 0.0625, 100, "divides the odds of tokens of prompt and completion; 1 is off"),
-    _number("frequency_penalty", "FP32", -2, 2, "subtracted for each occurrence in the completion"),
-    _number("presence_penalty", "FP32", -2, 2, "subtracted for tokens that occur in the completion"),
-    _number(
-        "seed", "UINT64", 0, UINT64, "fixes every draw; random if not given",
-        aliases=("random_seed",), inputs=("seed", "random_seed"),
-    ),
-    _number("n", "INT32", 1, INT32, "samples for each prompt"),
-    Parameter(
-        "stop_words", "BYTES", "strings that end the text and are cut off",
-        many=True, aliases=("stop",), inputs=("stop_words",),
-    ),
-    _number("stop_token_ids", "INT32", 0, INT32, "tokens that end the text", many=True),
-    _flag("ignore_eos", "go on after the model's own end tokens"),
-    _flag("exclude_input_in_output", "whether the text leaves out the prompt; true if streaming, else false"),
-    _flag("return_full_text", "the contrary of exclude_input_in_output", given=False),
-    _flag("return_finish_reason", "answer with finish_reason"),
-    _flag("return_num_input_tokens", "answer with num_input_tokens"),
-    _flag("return_num_output_tokens", "answer with num_output_tokens"),
-    _flag("return_cumulative_logprob", "answer with cumulative_logprob"),
-    _flag("return_logprobs", "answer with logprobs"),
-    _number("priority", "INT32", -INT32 - 1, INT32, "lower goes first; 0 if not given", inputs=()),
-    _number("timeout", "UINT64", 0, UINT64, "µs from arrival until the request ends; 0 is none", inputs=()),
-    Parameter("cache_salt", "BYTES", "requests share cached prefixes only with those of the same salt"),
-)  # fmt: skip
-
-_NAMED = {name: parameter for parameter in PARAMETERS for name in (parameter.name, *parameter.aliases)}
 
 
 @dataclass(frozen=True)
@@ -161,7 +59,7 @@ class Defaults:
         given = _json_file(folder / "generation_config.json")
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         try:
-            values = {name: _NAMED[name].read(name, given[name]) for name in names if given.get(name) is not None}
+            values = {name: NAMED[name].read(name, given[name]) for name in names if given.get(name) is not None}
             return cls(**values, eos_ids=_eos_ids(folder, given))
         except InvalidInput as error:
             raise LoadError(f"{folder / 'generation_config.json'}: {error}") from None
@@ -193,7 +91,7 @@ class Options:
         if (room := self.max_length - prompt_tokens) < 1:
             raise InvalidInput(f"max_length {self.max_length} leaves no room after {prompt_tokens} prompt tokens")
         most = min(self.params.max_tokens, room)
-        _check(self.params.min_tokens <= most, f"min_tokens {self.params.min_tokens} is more than max_length allows")
+        check(self.params.min_tokens <= most, f"min_tokens {self.params.min_tokens} is more than max_length allows")
         return replace(self.params, max_tokens=most)
 
 
@@ -250,7 +148,7 @@ def _of_json(text: str | bytes | None) -> Mapping[str, object]:
     except ValueError as error:
         raise InvalidInput(f"sampling_parameters is not valid JSON: {error}") from None
     if not isinstance(found, dict):
-        raise InvalidInput(f"sampling_parameters must be a JSON object, not {_shown(found)}")
+        raise InvalidInput(f"sampling_parameters must be a JSON object, not {shown(found)}")
     return found
 
 
@@ -259,7 +157,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise InvalidInput(f"{_shown(twice)} stands twice in sampling_parameters")
+        raise InvalidInput(f"{shown(twice)} stands twice in sampling_parameters")
     return found
 
 
@@ -268,9 +166,9 @@ def _read(source: Mapping[str, object], limits: Limits) -> dict[str, Any]:
     values: dict[str, Any] = {}
     most = {"stop_words": limits.max_stop_strings, "stop_token_ids": MAX_STOP_IDS}
     for name, given in source.items():
-        _check(name not in LATER, f"{name} is not supported yet")
-        if (parameter := _NAMED.get(name)) is None:
-            raise InvalidInput(f"unknown parameter {_shown(name)}; known: {', '.join(_NAMED)}")
+        check(name not in LATER, f"{name} is not supported yet")
+        if (parameter := NAMED.get(name)) is None:
+            raise InvalidInput(f"unknown parameter {shown(name)}; known: {', '.join(NAMED)}")
         if given is None:
             continue
         value = parameter.read(name, given, most.get(parameter.name, INT32))
@@ -284,7 +182,7 @@ def _read(source: Mapping[str, object], limits: Limits) -> dict[str, Any]:
 
 def _options(values: dict[str, Any], defaults: Defaults, limits: Limits) -> Options:
     get = values.get
-    _check(get("n", 1) <= limits.max_samples, f"n is {get('n')}, the limit is {limits.max_samples}")
+    check(get("n", 1) <= limits.max_samples, f"n is {get('n')}, the limit is {limits.max_samples}")
     stream = get("stream", False)
     return Options(
         params=_params(values, defaults, limits),
@@ -327,15 +225,15 @@ def _lengths(values: dict[str, Any], limits: Limits) -> tuple[int, int]:
     """Most and least new tokens; max_length alone replaces the default of max_tokens."""
     most = values.get("max_tokens", INT32 if "max_length" in values else limits.default_max_tokens)
     least = values.get("min_tokens", 0)
-    _check(least <= most, f"min_tokens is {least}, more than max_tokens {most}")
+    check(least <= most, f"min_tokens is {least}, more than max_tokens {most}")
     return most, least
 
 
 def _stop(stop: tuple[str, ...]) -> tuple[str, ...]:
     for at, text in enumerate(stop):
-        _check(bool(text), f"stop_words[{at}] is empty")
+        check(bool(text), f"stop_words[{at}] is empty")
         size = len(text)
-        _check(
+        check(
             size <= MAX_STOP_CHARACTERS, f"stop_words[{at}] has {size} characters, the limit is {MAX_STOP_CHARACTERS}"
         )
     return tuple(dict.fromkeys(stop))
@@ -344,7 +242,7 @@ def _stop(stop: tuple[str, ...]) -> tuple[str, ...]:
 def _stop_ids(values: dict[str, Any], defaults: Defaults, limits: Limits) -> frozenset[int]:
     ids = values.get("stop_token_ids", ())
     for token_id in ids:
-        _check(token_id < limits.vocab_size, f"stop_token_ids has {token_id}, the vocabulary {limits.vocab_size} ids")
+        check(token_id < limits.vocab_size, f"stop_token_ids has {token_id}, the vocabulary {limits.vocab_size} ids")
     return frozenset(ids) | (frozenset() if values.get("ignore_eos", False) else defaults.eos_ids)
 
 
@@ -352,95 +250,16 @@ def _exclude_input(values: dict[str, Any], stream: bool) -> bool:
     exclude = values.get("exclude_input_in_output")
     if "return_full_text" in values:
         contrary = not values["return_full_text"]
-        _check(exclude in (None, contrary), "return_full_text contradicts exclude_input_in_output")
+        check(exclude in (None, contrary), "return_full_text contradicts exclude_input_in_output")
         exclude = contrary
-    _check(
-        not stream or exclude is not False, "a streamed answer holds no prompt: exclude_input_in_output must be true"
-    )
+    check(not stream or exclude is not False, "a streamed answer holds no prompt: exclude_input_in_output must be true")
     return stream if exclude is None else bool(exclude)
 
 
 def _salt(text: str) -> str:
     size = len(text.encode())
-    _check(size <= MAX_SALT_BYTES, f"cache_salt has {size} bytes, the limit is {MAX_SALT_BYTES}")
+    check(size <= MAX_SALT_BYTES, f"cache_salt has {size} bytes, the limit is {MAX_SALT_BYTES}")
     return text
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise InvalidInput(message)
-
-
-# ---- single values
-
-
-def _plain(value: object) -> object:
-    """Numpy's scalars as Python's, bytes as text."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _shown(value: object) -> str:
-    """Short, in one line and ASCII, whatever the caller sent."""
-    if isinstance(value, dict | list | tuple):
-        return f"a {'JSON object' if isinstance(value, dict) else 'list'}"
-    try:
-        text = ascii(value)
-    except ValueError:  # Python refuses to write integers of thousands of digits
-        text = "a huge number"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-
-
-def _real(value: object) -> int | float:
-    if isinstance(value, str):
-        if not _DECIMAL.fullmatch(text := value.strip()):
-            raise ValueError
-        value = int(text) if text.lstrip("+-").isdigit() else float(text)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError
-    return value
-
-
-def _integer(value: object) -> int:
-    number = _real(value)
-    if number != int(number):  # NaN and infinity cannot be made int, and raise
-        raise ValueError
-    return int(number)
-
-
-def _finite(value: object) -> float:
-    number = float(_real(value))
-    if not isfinite(number):
-        raise ValueError
-    return number
-
-
-def _boolean(value: object) -> bool:
-    if isinstance(value, str):
-        return {"true": True, "false": False}[value.strip().lower()]
-    if isinstance(value, bool):
-        return value
-    raise TypeError
-
-
-def _string(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    value.encode()  # a lone surrogate raises
-    return value
-
-
-_READERS: dict[str, tuple[str, Callable[[object], Any]]] = {
-    "BOOL": ("true or false", _boolean),
-    "INT32": ("an integer", _integer),
-    "UINT64": ("an integer", _integer),
-    "FP32": ("a finite number", _finite),
-    "BYTES": ("a string of valid Unicode", _string),
-}
 
 
 # ---- the model's folder
@@ -460,7 +279,7 @@ def _eos_ids(folder: Path, generation: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _ids(found: object) -> Iterable[int]:
-    ids: tuple[int, ...] = _NAMED["stop_token_ids"].read("eos_token_id", found)
+    ids: tuple[int, ...] = NAMED["stop_token_ids"].read("eos_token_id", found)
     return ids
 
 
