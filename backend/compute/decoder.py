@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-from backend.checkpoint import Checkpoint
+from backend.checkpoint import Checkpoint, resolve
+from backend.compute.attention.paged import register
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, bytes_per_block, probe
 from backend.compute.graphs import DecodeGraph, sizes
@@ -29,13 +31,14 @@ class Decoder:
         self._config, self._rank, self._world = birth.config, birth.rank, birth.world
         self._progress = progress if birth.rank == 0 else lambda text: None
         self._device = torch.device(birth.config.device, birth.rank if birth.config.device == "cuda" else None)
-        self._checkpoint = Checkpoint.open(birth.config.model)
+        self._checkpoint = Checkpoint.open(resolve(birth.config.model, None))
         self._dtype = dtype_of(birth.config, self._checkpoint)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         else:
             torch.set_num_threads(birth.config.threads)
-        connect(birth.rank, birth.world, self._device, birth.folder)
+        connect(birth.rank, birth.world, self._device, Path(birth.folder))
+        register()
         self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
         self._specs = probe(self._model, self._device)
         self._sampler = Sampler(self._checkpoint.vocab_size, self._config.max_sequences, self._device)
@@ -62,7 +65,7 @@ class Decoder:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """A prefill of the full budget, and a decode of every size that has a CUDA graph (without: of one and of all)."""
+        """A prefill of the full budget, and a decode of every size that has a CUDA graph (else of one and of all)."""
         config, longest = self._config, min(self._max_model_len, self._cache.num_blocks * self._config.block_size)
         self._run(prefill(config.step_tokens, longest, config.block_size))
         graphs = self._device.type == "cuda" and config.cuda_graphs

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from math import inf
-from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from backend import checkpoint
@@ -100,6 +99,35 @@ class Engine:
         return not self._down
 
     @property
+    def pids(self) -> list[int]:
+        """The ranks' processes."""
+        return self._group.pids
+
+    @property
+    def preemptions(self) -> int:
+        """Sequences put back since the ranks were last started."""
+        return self._scheduler.preemptions
+
+    @property
+    def prefix_hits(self) -> int:
+        """Prompt tokens found in the cache since the ranks were last started."""
+        return self._scheduler.pool.prefix_hits
+
+    def check(self) -> int:
+        """Raise RuntimeError unless the books of blocks and slots balance; how many sequences are open."""
+        done: Future[int] = Future()
+
+        def look() -> None:
+            try:
+                self._scheduler.check()
+                done.set_result(self._scheduler.num_running + self._scheduler.num_waiting)
+            except RuntimeError as error:
+                done.set_exception(error)
+
+        self._inbox.put(look)
+        return done.result(self.config.step_timeout)
+
+    @property
     def max_prompt_tokens(self) -> int:
         """The longest prompt that leaves room for one new token."""
         return self.max_model_len - 1
@@ -141,20 +169,19 @@ class Engine:
         """The news of a request as it comes, for coroutines; raises Cancelled soon after `cancelled()` is true."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         stream = self.submit(prompts, partial(loop.call_soon_threadsafe, news.set))
-        poll = loop.time()
+        poll = loop.call_later(0, news.set)
         try:
             while not stream.done:
-                if loop.time() >= poll:
+                if loop.time() >= poll.when():
                     if cancelled():
                         raise Cancelled("the caller went away")
-                    poll = loop.time() + CANCEL_POLL
-                    timer = loop.call_at(poll, news.set)
+                    poll = loop.call_later(CANCEL_POLL, news.set)
                 await news.wait()
                 news.clear()
                 if deltas := stream.take():
                     yield deltas
         finally:
-            timer.cancel()
+            poll.cancel()
             if not stream.done:
                 self.abort(stream)
 
@@ -199,12 +226,12 @@ class Engine:
     def _drain(self, wait: bool) -> None:
         """Do what callers left; if told so, wait for some and look after the ranks meanwhile."""
         try:
-            self._inbox.get(block=wait, timeout=IDLE_CHECK)()
-            while True:
-                self._inbox.get_nowait()()
-        except Empty:
             if wait:
-                self._group.check()
+                self._inbox.get(timeout=IDLE_CHECK)()
+            for _ in range(self._inbox.qsize()):
+                self._inbox.get()()
+        except Empty:
+            self._group.check()
 
     def _add(self, prompts: list[Prompt], stream: Stream) -> None:
         for index, seq in enumerate(chain.from_iterable(map(self._sequences, prompts))):

@@ -1,0 +1,77 @@
+"""The import arrows of ARCHITECTURE.md, read from the source and, for what is heavy, from a fresh interpreter."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FREE = {"backend.errors", "backend.config", "backend.devices", "backend.checkpoint"}
+"""What everything in backend may import."""
+
+
+def imports(file):
+    """Every module that a file names in an import, wherever the statement stands."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def within(module, *packages):
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+@pytest.mark.parametrize("file", files("backend/generation"), ids=lambda file: file.name)
+def test_generation_imports_neither_torch_nor_triton_nor_compute(file):
+    forbidden = (
+        "torch",
+        "triton_python_backend_utils",
+        "tritonclient",
+        "deepspeed",
+        "backend.compute",
+        "backend.triton",
+    )
+    assert [module for module in imports(file) if within(module, *forbidden)] == []
+
+
+@pytest.mark.parametrize("file", files("backend"), ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_the_adapter_knows_tritons_python_api(file):
+    if file.name != "triton.py":
+        assert not any(within(module, "triton_python_backend_utils") for module in imports(file))
+
+
+@pytest.mark.parametrize("file", files("backend"), ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_ranks_import_compute(file):
+    inside = within(".".join(file.relative_to(ROOT).with_suffix("").parts), "backend.compute")
+    if not inside:
+        assert not any(within(module, "backend.compute", "torch", "deepspeed") for module in imports(file)), file
+
+
+@pytest.mark.parametrize("file", files("backend/compute"), ids=lambda file: file.name)
+def test_compute_knows_plans_and_ranks_but_not_the_engine(file):
+    allowed = ("backend.compute", "backend.generation.plan", "backend.ranks.rank", *FREE)
+    ours = [module for module in imports(file) if within(module, "backend")]
+    assert [m for m in ours if not within(m, *allowed) and not any(within(a, m) for a in allowed)] == []
+
+
+@pytest.mark.parametrize("file", files("client"), ids=lambda file: file.name)
+def test_the_client_needs_no_torch(file):
+    assert not any(within(module, "torch", "transformers", "deepspeed") for module in imports(file))
+
+
+@pytest.mark.parametrize("module", ["client", "backend.generation.engine", "backend.generation.request"])
+def test_what_runs_in_the_stub_and_the_client_loads_nothing_heavy(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'deepspeed') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
