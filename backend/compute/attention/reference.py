@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
 
-GATHERED = 1 << 13
+GATHERED = 1 << 12
 """Tokens of context gathered at once for decode rows: enough to batch, few enough to stay in the processor's cache."""
 SCORES = 1 << 24
 """Scores held at once where they have to be written out (soft cap, sinks)."""
