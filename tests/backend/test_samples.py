@@ -128,7 +128,7 @@ def test_a_hubs_model_needs_a_hub(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(LoadError, match="^some/model is no folder here and cannot be had from a hub: no route$"):
+    with pytest.raises(LoadError, match=r"^some/model is no folder here and cannot be had from a hub: no route$"):
         samples.locate("some/model", "generate")
     assert not any(pattern.endswith((".bin", ".pt", ".pkl", ".py", "*")) for pattern in asked["patterns"])
 

@@ -19,7 +19,7 @@ import pytest
 
 from backend import server
 from backend.errors import LoadError
-from backend.launcher import leftovers, tritonserver
+from backend.launcher import leftovers, probe, tritonserver
 from backend.launcher.output import Output, telling
 from backend.launcher.ports import require_free
 from backend.launcher.tritonserver import Installation, Options, Ports
@@ -360,7 +360,7 @@ def test_repository_and_model_exclude_each_other(capsys):
         ('E1123 07:00:08.1 9802 backend_model.cc:692] "ERROR: Failed to create instance: x"', None),
         (r'E1123 07:00:08.1 98 model.py:8] "oh \"dear\"\nsecond"', 'tritonserver | oh "dear"'),
         (
-            "E1123 07:08.8 98 model_lifecycle.cc:6] \"failed to load 'bad' version 1: Internal: ValueError: no\\n\\nAt\"",
+            "E1123 07:08.8 9 model_lifecycle.c:6] \"failed to load 'bad' version 1: Internal: ValueError: no\\n\\nAt\"",
             "bad | failed: ValueError: no",
         ),
         ("error: creating server: Internal - failed to load all models", None),
@@ -459,6 +459,20 @@ def test_real_server_one_broken_model(launch, tmp_path):
     assert "broken | failed: LoadError: no such model: /nowhere" in launcher.said
     launcher.process.terminate()
     assert launcher.end() == 0
+
+
+@pytest.mark.server
+def test_the_probe_sees_a_killed_stub(launch):
+    launcher = launch(f"--repository={REPOSITORY}")
+    port = int(re.search(r":(\d+) \(gRPC\)", launcher.until("ready after"))[1])
+    assert probe.trouble(port) is None
+    (stub,) = filter(probe._is_stub, psutil.Process(launcher.process.pid).children(recursive=True))
+    stub.kill()
+    assert gone([stub.pid])
+    assert "echo" in probe.trouble(port)
+    launcher.process.terminate()
+    launcher.end()
+    assert probe.trouble(port) == f"no server on port {port}"
 
 
 @pytest.mark.server
