@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from client.errors import InvalidInput, ServerError
 from client.limits import Limits
-from client.pipeline import Answer, AsyncPipeline, Call, Pipeline, Question
+from client.pipeline import Answer, AsyncPipeline, Call, Pipeline
 from client.sampling import Sampling, encode_options
-from client.tensors import decode, strings, text
+from client.tensors import Tensors, decode, strings, text
 
 Message = Mapping[str, Any]
 """One turn of a chat: {"role": ..., "content": ...}."""
@@ -108,7 +108,7 @@ class Generate(Pipeline):
         question = one(prompt, {"n": n, **sampling}, stream=True)
         return self._deltas(question, self._limits(timeout))
 
-    def _deltas(self, question: Question, limits: Limits) -> Generator[Delta, None, None]:
+    def _deltas(self, question: Tensors, limits: Limits) -> Generator[Delta, None, None]:
         with closing(self.transport.infer(self._request(question), limits)) as responses:
             ends = 0
             for response in responses:
@@ -140,7 +140,7 @@ class AsyncGenerate(AsyncPipeline):
         question = one(prompt, {"n": n, **sampling}, stream=True)
         return self._deltas(question, self._limits(timeout))
 
-    async def _deltas(self, question: Question, limits: Limits) -> AsyncGenerator[Delta, None]:
+    async def _deltas(self, question: Tensors, limits: Limits) -> AsyncGenerator[Delta, None]:
         async with aclosing(self.transport.infer(self._request(question), limits)) as responses:
             ends = 0
             async for response in responses:
@@ -161,10 +161,9 @@ def questions(prompt: Any, options: Mapping[str, Any]) -> Call[Any]:
     )
 
 
-def one(prompt: Any, options: Mapping[str, Any], what: str = "prompt", stream: bool = False) -> Question:
+def one(prompt: Any, options: Mapping[str, Any], what: str = "prompt", stream: bool = False) -> dict[str, NDArray[Any]]:
     """A prompt and its options as tensors of shape [1, k]."""
-    tensors, parameters = encode_options(options)
-    return Question(_prompt(prompt, what) | {"stream": np.array([[stream]])} | tensors, parameters)
+    return _prompt(prompt, what) | {"stream": np.array([[stream]])} | encode_options(options)
 
 
 def is_many(prompt: Any) -> bool:
@@ -216,10 +215,10 @@ def completion(answer: Answer, samples: int | None) -> Generated | list[Generate
     return found[0] if samples is None else found
 
 
-def check_complete(question: Question, ends: int) -> None:
+def check_complete(question: Tensors, ends: int) -> None:
     """Refuse a stream that ended well before its text did: a cut text must not look like a whole one."""
-    samples = int(question.tensors["n"].item()) if "n" in question.tensors else 1
-    asked = "return_finish_reason" in question.tensors and question.tensors["return_finish_reason"].item()
+    samples = int(question["n"].item()) if "n" in question else 1
+    asked = "return_finish_reason" in question and question["return_finish_reason"].item()
     if asked and ends != samples:
         raise ServerError(f"the stream ended before its text: {ends} of {samples} completions; {ServerError.advice}")
 

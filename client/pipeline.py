@@ -16,7 +16,7 @@ from typing import Any, Generic, Self, TypeVar
 from client.aio import AsyncTransport
 from client.errors import InvalidInput
 from client.limits import Limits
-from client.tensors import Parameters, Tensors, decode, encode
+from client.tensors import Tensors, decode, encode
 from client.transport import Request, Responses, Transport
 
 Answer = list[dict[str, Any]]
@@ -28,18 +28,10 @@ DEFAULT = Limits()
 
 
 @dataclass(frozen=True)
-class Question:
-    """One request to the model."""
-
-    tensors: Tensors
-    parameters: Parameters
-
-
-@dataclass(frozen=True)
 class Call(Generic[Result]):
     """One use of a pipeline: what to ask, and what the answers, in the same order, amount to."""
 
-    questions: list[Question]
+    questions: list[Tensors]
     result: Callable[[list[Answer]], Result]
 
 
@@ -51,8 +43,8 @@ class _Base:
             raise InvalidInput(f"concurrency must be at least 1, not {concurrency}")
         self.name, self.limits, self.concurrency = name, limits, concurrency
 
-    def _request(self, question: Question) -> Request:
-        return encode(self.name, question.tensors, question.parameters)
+    def _request(self, question: Tensors) -> Request:
+        return encode(self.name, question)
 
     def _limits(self, timeout: float | None) -> Limits:
         return self.limits if timeout is None else replace(self.limits, timeout=timeout)

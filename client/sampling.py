@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -43,7 +44,7 @@ class Sampling(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Key:
-    """One sampling key: its value's kind, a line of help, the tensor that carries it (else a request parameter)."""
+    """One sampling key: its value's kind, a line of help, the tensor that carries it (else the JSON of JSON_TENSOR)."""
 
     name: str
     kind: str
@@ -79,10 +80,13 @@ def _tensors() -> Iterable[Key]:
 
 KEYS: dict[str, Key] = {key.name: key for key in _tensors()} | {
     "cache_salt": Key("cache_salt", "string", "share cached prefixes only with requests of the same salt"),
-    "priority": Key("priority", "uint64", "lower goes first"),
+    "priority": Key("priority", "int32", "lower goes first; 0 if not given"),
     "max_length": Key("max_length", "int32", "prompt and completion together, tokens"),
     "do_sample": Key("do_sample", "bool", "false is greedy"),
 }
+
+JSON_TENSOR = "sampling_parameters"
+"""Carries the keys without a tensor of their own; as a request parameter, `priority` would end in Triton."""
 
 ALIASES = {
     "min_length": "min_tokens",
@@ -102,23 +106,22 @@ DEFAULTS: dict[str, Any] = {
 """What this client asks for unless told otherwise."""
 
 
-def encode_options(options: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Tensors of shape [1, k] and request parameters; an option of None is left to the model.
+def encode_options(options: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Tensors of shape [1, k]; an option of None is left to the model.
 
     Raises InvalidInput naming a key that is unknown, given twice or of the wrong type.
     """
     tensors: dict[str, NDArray[Any]] = {}
-    parameters: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for name, value in (DEFAULTS | _canonical(options)).items():
-        key = KEYS[name]
         if value is None:
             continue
-        row = _KINDS[key.kind](name, value)
-        if key.tensor:
-            tensors[key.tensor] = row
+        row = _KINDS[KEYS[name].kind](name, value)
+        if KEYS[name].tensor:
+            tensors[KEYS[name].tensor] = row
         else:
-            parameters[name] = row.item().decode() if row.dtype == object else row.item()
-    return tensors, parameters
+            others[name] = row.item().decode() if row.dtype == object else row.item()
+    return tensors | ({JSON_TENSOR: strings(json.dumps(others).encode())} if others else {})
 
 
 def _canonical(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,18 +13,15 @@ from client.errors import InvalidInput, ServerError
 from client.transport import Request, Response
 
 Tensors = Mapping[str, NDArray[Any]]
-Parameters = Mapping[str, str | int | float | bool]
 
 
-def encode(model: str, tensors: Tensors, parameters: Parameters) -> Request:
+def encode(model: str, tensors: Tensors) -> Request:
     """One request; arrays of dtype object hold bytes and become BYTES."""
     request = Request(model_name=model)
     for name, array in tensors.items():
         datatype = utils.np_to_triton_dtype(array.dtype)
         request.inputs.add(name=name, datatype=datatype, shape=array.shape)
         request.raw_input_contents.append(_bytes(array) if datatype == "BYTES" else array.tobytes())
-    for name, value in parameters.items():
-        _set(request, name, value)
     return request
 
 
@@ -63,12 +60,3 @@ def _array(datatype: str, raw: bytes) -> NDArray[Any]:
     if dtype is None:
         raise ServerError(f"the server's answer has a tensor of type {datatype!r}, which this client does not know")
     return np.frombuffer(raw, dtype=dtype)
-
-
-def _set(request: Request, name: str, value: str | int | float | bool) -> None:
-    """A request parameter; Triton takes `priority` as unsigned, other whole numbers as signed."""
-    if name == "priority":
-        request.parameters[name].uint64_param = int(value)
-        return
-    kind = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}[type(value)]
-    setattr(request.parameters[name], kind, value)

@@ -82,7 +82,7 @@ def test_sampling_flags(server, run):
     assert inputs["stop_words"].tolist() == [[b"a", b"b"]]
     assert inputs["stop_token_ids"].tolist() == [[7]]
     assert inputs["ignore_eos"].item() is True
-    assert server.requests[0].parameters["do_sample"] is False
+    assert json.loads(inputs["sampling_parameters"].item()) == {"do_sample": False, "priority": 1}
 
 
 def test_each_key_with_help_has_a_flag():

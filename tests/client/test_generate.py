@@ -55,7 +55,7 @@ def test_every_option_is_sent_typed(server, pipe):
         "repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": 0.3, "seed": 2**64 - 1, "n": 1,
         "stop": ["a", "é"], "stop_token_ids": [1, 2], "ignore_eos": True, "exclude_input_in_output": True,
         "return_finish_reason": True, "return_num_input_tokens": True, "return_num_output_tokens": True,
-        "return_cumulative_logprob": True, "return_logprobs": True, "cache_salt": "s", "priority": 2,
+        "return_cumulative_logprob": True, "return_logprobs": True, "cache_salt": "s", "priority": -2,
         "max_length": 9, "do_sample": False,
     }  # fmt: skip
     assert values.keys() == KEYS.keys()
@@ -67,8 +67,9 @@ def test_every_option_is_sent_typed(server, pipe):
     types = {received.datatypes[key.tensor]: key.kind for key in KEYS.values() if key.tensor}
     assert types == {"INT32": "int32s", "FP32": "fp32", "UINT64": "uint64", "BOOL": "bool", "BYTES": "strings"}
     assert all(key.tensor in received.inputs for key in KEYS.values() if key.tensor)
-    given = {name: value for name, value in received.parameters.items() if name != "timeout"}
-    assert given == {"cache_salt": "s", "priority": 2, "max_length": 9, "do_sample": False}
+    others = json.loads(received.inputs["sampling_parameters"].item())
+    assert others == {"cache_salt": "s", "priority": -2, "max_length": 9, "do_sample": False}
+    assert received.parameters.keys() == {"timeout"}  # Triton's own
 
 
 @pytest.mark.parametrize("alias", ALIASES)

@@ -21,7 +21,7 @@ FAST = Limits(timeout=20, idle_timeout=10, retries=2)
 
 
 def ask():
-    return encode("m", {"text_input": strings(b"hi")}, {})
+    return encode("m", {"text_input": strings(b"hi")})
 
 
 def read_blocking(endpoint, limits):
