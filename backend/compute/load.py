@@ -15,6 +15,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from backend.checkpoint import Checkpoint, check_family, resolve, root, share_heads
 from backend.compute import fused
+from backend.compute.attention.paged import NAME, register
 from backend.compute.sharding import check_shards, shard, spans
 from backend.compute.tensor_parallel import VocabParallelHead
 from backend.compute.weights import WHOLE, Reader, Recipe, Span, recipes
@@ -31,7 +32,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress = lambda share: None,
-    attention: str = "paged",
+    attention: str = NAME,
     merge: bool | None = None,
 ) -> PreTrainedModel:
     """Load this rank's shard of the model, in `dtype` on `device`, ready for inference.
@@ -62,8 +63,8 @@ def load(
 
 def _empty(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Build transformers' class with parameters on the meta device and buffers that are real."""
-    if attention == "paged":
-        pass
+    if attention == NAME:
+        register()
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):

@@ -27,8 +27,9 @@ class Case:
     merge: bool | None = True
     unguarded: bool = False
     """Whether the table of families is passed over, so that only what the loader sees for itself can refuse."""
+    attention: str = "eager"
     measure: bool = False
-    """Whether to measure memory instead of computing logits."""
+    """Whether to measure memory."""
     inputs: torch.Tensor | None = None
 
 
@@ -97,7 +98,7 @@ def _compute(case: Case, rank: int, world: int, result: Result) -> None:
     def load() -> Any:
         config, device = EngineConfig(model=str(case.folder)), torch.device("cpu")
         return module.load(
-            config, rank, world, device, case.dtype, result.shares.append, attention="eager", merge=case.merge
+            config, rank, world, device, case.dtype, result.shares.append, attention=case.attention, merge=case.merge
         )
 
     if case.measure:
@@ -106,7 +107,7 @@ def _compute(case: Case, rank: int, world: int, result: Result) -> None:
         with patch.object(module, "check_family") if case.unguarded else patch.object(module, "_never", create=True):
             model = load()
     _note(model, result)
-    if not case.measure:
+    if not case.measure and case.attention == "eager":
         with torch.inference_mode():
             tokens = families.inputs() if case.inputs is None else case.inputs
             result.logits = model(tokens, use_cache=False).logits
@@ -125,6 +126,7 @@ def _note(model: Any, result: Result) -> None:
         "dtypes": {str(value.dtype) for value in model.parameters()},
         "names": list(model.state_dict()),
         "training": model.training,
+        "attention": model.config._attn_implementation,
     }
 
 

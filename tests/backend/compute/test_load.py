@@ -195,7 +195,7 @@ def pair(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     one_head = _variant("llama", base / "one head", num_key_value_heads=1)
     large = _variant("llama", base / "large", max_shard_size="60MB", **LARGE)
     left = {name: Case(folders[name], unguarded=True) for name in SEEN} | {"one head": Case(one_head)}
-    left |= {"opt": Case(folders["opt"])}
+    left |= {"opt": Case(folders["opt"]), "paged": Case(folders["llama"], attention="paged")}
     right = {"llama": Case(folders["llama"]), "large": Case(large, measure=True)}
     right |= {f"{name} in bf16": Case(folders[name], torch.bfloat16, None) for name in ("llama", "gemma2")}
     if SAMPLE.is_dir():
@@ -231,6 +231,12 @@ def test_the_structure_alone_shows_what_cannot_be_split(name: str, pair: dict[st
 def test_more_ranks_than_heads_is_refused_on_every_rank(pair: dict[str, list[Result]]) -> None:
     for rank in pair["one head"]:
         assert "tensor_parallel 2 is more than the model's 1 key/value heads" in rank.error
+
+
+def test_paged_attention_is_registered_by_the_loader(pair: dict[str, list[Result]]) -> None:
+    for rank in pair["paged"]:
+        assert rank.error == ""
+        assert rank.facts["attention"] == "paged"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
