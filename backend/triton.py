@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
 
 from backend.errors import InvalidInput, ServingError
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-Outputs = Mapping[str, np.ndarray]
+Array = NDArray[Any]
+Outputs = Mapping[str, Array]
 log = logging.getLogger("tritonspeed")
 
 
@@ -33,7 +34,7 @@ def rows(request: Any) -> list[dict[str, Any]]:
     return [{name: _value(name, array[row]) for name, array in inputs.items()} for row in range(count)]
 
 
-def _value(name: str, row: np.ndarray) -> Any:
+def _value(name: str, row: Array) -> Any:
     values = row.reshape(-1).tolist()
     return values if name in LISTS else values[0] if len(values) == 1 else values
 

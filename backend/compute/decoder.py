@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.checkpoint import Checkpoint, resolve
@@ -18,9 +20,9 @@ from backend.compute.graphs import DecodeGraph, sizes
 from backend.compute.load import load
 from backend.compute.sampler import Sampler
 from backend.compute.tensor_parallel import connect
-from backend.config import EngineConfig
+from backend.config import DTYPES, EngineConfig
 from backend.errors import LoadError
-from backend.generation.plan import LAST_TOKEN, Capacity, Plan, Sampled, Sampling
+from backend.generation.plan import LAST_TOKEN, Capacity, Ints, Plan, Sampled, Sampling
 from backend.ranks.rank import Birth, Deferred
 
 
@@ -30,7 +32,7 @@ class Decoder:
     def __init__(self, birth: Birth, progress: Callable[[str], None]) -> None:
         self._config, self._rank, self._world = birth.config, birth.rank, birth.world
         self._progress = progress if birth.rank == 0 else lambda text: None
-        self._device = torch.device(birth.config.device, birth.rank if birth.config.device == "cuda" else None)
+        self._device = torch.device(f"cuda:{birth.rank}" if birth.config.device == "cuda" else "cpu")
         self._checkpoint = Checkpoint.open(resolve(birth.config.model, None))
         self._dtype = dtype_of(birth.config, self._checkpoint)
         if self._device.type == "cuda":
@@ -119,19 +121,21 @@ class Decoder:
     def _answer(self, token_ids: Tensor, values: Tensor | None) -> Sampled | Deferred:
         if self._device.type != "cuda":
             return Sampled(token_ids.int().numpy(), values.float().numpy() if values is not None else None)
-        copies = [t.to("cpu", non_blocking=True) if t is not None else None for t in (token_ids.int(), values)]
+        ids = _to_host(token_ids.int())
+        values = _to_host(values) if values is not None else None
         copied = torch.cuda.Event()
         copied.record()
 
         def answer() -> Sampled:
             copied.synchronize()
-            ids, values = (None if copy is None else copy.numpy() for copy in copies)
-            return Sampled(ids, values)
+            return Sampled(ids.numpy(), values.numpy() if values is not None else None)
 
         return answer
 
-    def _put(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+    def _put(self, values: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        # A copy from memory that is not pinned may wait for the step before.
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def _told_share(self) -> Callable[[float], None]:
         """Progress in tenths of the weights."""
@@ -146,13 +150,18 @@ class Decoder:
         return tell
 
 
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that is complete once the device's current stream has got there."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def dtype_of(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype:
     """The configured type; auto is the checkpoint's on CUDA and float32 on CPU."""
     name = config.dtype
     if name == "auto":
         name = checkpoint.dtype if config.device == "cuda" else "float32"
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    dtype: torch.dtype | None = getattr(torch, name, None)
+    if dtype is None or name not in DTYPES:
         raise LoadError(f"the checkpoint's dtype {name} cannot be served; set dtype to float32, bfloat16 or float16")
     return dtype
 
@@ -171,7 +180,7 @@ def decode(sequences: int) -> Plan:
     return made_up(np.ones(sequences, np.int32), np.zeros((sequences, 1), np.int32), 1)
 
 
-def made_up(lengths: np.ndarray, tables: np.ndarray, block_size: int) -> Plan:
+def made_up(lengths: Ints, tables: Ints, block_size: int) -> Plan:
     """A plan of whole sequences of zeros that overwrite each other's blocks; all sample greedily."""
     count = len(lengths)
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])

@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -64,6 +65,12 @@ class _Completion:
     index: int
     text: Text
     logprob: float = 0.0
+
+
+def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
+    """From another thread."""
+    with suppress(RuntimeError):  # the loop has been closed: nobody listens any more
+        loop.call_soon_threadsafe(news.set)
 
 
 class Engine:
@@ -168,7 +175,7 @@ class Engine:
     async def stream(self, prompts: list[Prompt], cancelled: Callable[[], bool]) -> AsyncIterator[list[Delta]]:
         """The news of a request as it comes, for coroutines; raises Cancelled soon after `cancelled()` is true."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
-        stream = self.submit(prompts, partial(loop.call_soon_threadsafe, news.set))
+        stream = self.submit(prompts, lambda: _wake(loop, news))
         poll = loop.call_later(0, news.set)
         try:
             while not stream.done:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from backend.config import EngineConfig
 from backend.errors import InvalidInput
 from backend.generation.engine import Engine, Prompt
-from backend.generation.params import Limits, Options, decode_text, parse
+from backend.generation.params import Defaults, Limits, Options, decode_text, parse
 from backend.generation.stream import Delta
 from backend.generation.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ class Request:
         if not rows:
             raise InvalidInput(f"exactly one of {', '.join(SOURCES)} must be given")
         limits = Limits.of(config, engine.vocab)
-        options = [parse(row, parameters, engine.defaults, limits) for row in rows]
+        options = [_options(row, parameters, engine.defaults, limits) for row in rows]
         if (total := sum(one.n for one in options)) > config.max_prompts:
             raise InvalidInput(
                 f"the request asks for {total} sequences (prompts x n), the limit is {config.max_prompts}"
@@ -104,6 +104,11 @@ class Request:
         return json.dumps(entries)
 
 
+def _options(row: Mapping[str, Any], parameters: Mapping[str, Any], defaults: Defaults, limits: Limits) -> Options:
+    typed = {name: value for name, value in row.items() if name not in (*SOURCES, "sampling_parameters")}
+    return parse(parameters, row.get("sampling_parameters"), typed, defaults, limits)
+
+
 def _source(row: Mapping[str, Any], tokenizer: Tokenizer, config: EngineConfig) -> tuple[array[int], str]:
     """The prompt's token ids, and its text."""
     given = [name for name in SOURCES if name in row]
@@ -130,7 +135,7 @@ def _messages(text: str) -> Any:
 
 def _prompt(ids: array[int], options: Options) -> Prompt:
     params = options.params_for(len(ids))
-    return Prompt(ids, params, options.n, options.priority, options.timeout, options.cache_salt)
+    return Prompt(ids, params, options.n, options.priority, options.timeout, options.cache_salt.encode())
 
 
 def _column(values: list[Any], dtype: Any) -> NDArray[Any]:

@@ -80,7 +80,7 @@ def test_many_prompts_at_once_give_the_tokens_of_one_at_a_time(make, ahead, worl
     engine = make(run_ahead=ahead, tensor_parallel=world, step_tokens=48, max_sequences=6)
     rng = random.Random(1)
     stem = [rng.randrange(3, 150) for _ in range(60)]
-    prompts = [stem[: rng.randrange(1, 60)] + [rng.randrange(3, 150)] for _ in range(40)]
+    prompts = [[*stem[: rng.randrange(1, 60)], rng.randrange(3, 150)] for _ in range(40)]
     assert complete(engine, *(prompt(*ids) for ids in prompts)) == [expected(ids) for ids in prompts]
     assert open_sequences(engine) == 0
 
