@@ -22,13 +22,12 @@ from backend.generation.plan import Plan
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs CUDA"),
-]
+pytestmark = (
+    [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
+)
 from backend.compute.attention import kernels  # noqa: E402
 
-ERROR = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 """Largest error allowed, relative to the largest magnitude of the result."""
 if INTERPRETED:
     del ERROR[torch.bfloat16]  # the interpreter of OpenAI Triton 3.6 multiplies the bit patterns of bfloat16

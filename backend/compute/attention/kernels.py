@@ -20,6 +20,7 @@ from torch import Tensor
 
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
+from backend.errors import LoadError
 
 LOG2E = tl.constexpr(1.4426950408889634)
 WIDEST_HEAD = 256
@@ -32,7 +33,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, ru
     """[heads, tokens, dim] and twice [kv heads, tokens, dim] -> [tokens, heads, dim]."""
     kv = step.cache.layers[layer]
     if query.shape[2] > WIDEST_HEAD or query.shape[2] % 8:
-        raise ValueError(f"head size {query.shape[2]} is not a multiple of 8 up to {WIDEST_HEAD}")
+        raise LoadError(f"head size {query.shape[2]}: the CUDA kernel takes multiples of 8 up to {WIDEST_HEAD}")
     _write(kv, key, value, step.kv_slots)
     return _read(kv, query, step, rule)
 
@@ -53,11 +54,11 @@ def _read(kv: Tensor, query: Tensor, step: Step, rule: Rule) -> Tensor:
     query = _dense(query)
     output = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
     rows, columns, warps = _tile_shape(query, group, step.decode)
-    tokens_per_tile = 1 if step.decode else rows // group
-    tiles = (
-        step.kv_lengths if step.decode else step.once(("tiles", tokens_per_tile), lambda: _tiles(step, tokens_per_tile))
-    )
-    splits = _splits(step, kv_heads, rule.window) if step.decode else 1
+    if step.decode:
+        tokens_per_tile, splits, tiles = 1, _splits(step, kv_heads, rule.window), step.kv_lengths
+    else:
+        tokens_per_tile, splits = rows // group, 1
+        tiles = step.once(("tiles", tokens_per_tile), lambda: _tiles(step, tokens_per_tile))
     partial, weight = _partials(output, splits)
     _attend_kernel[(len(tiles), kv_heads, splits)](
         partial, weight, query, kv, rule.sinks, tiles, step.query_starts, step.kv_lengths, step.block_tables,
@@ -71,7 +72,7 @@ def _read(kv: Tensor, query: Tensor, step: Step, rule: Rule) -> Tensor:
     if splits > 1:
         _join_kernel[(tokens, heads)](
             output, partial, weight, rule.sinks, DIM=dim, PADDED=_padded(dim), SPLITS=splits,
-            PADDED_SPLITS=triton.next_power_of_2(splits), SINKS=rule.sinks is not None,
+            SINKS=rule.sinks is not None,
         )  # fmt: skip
     return output
 
@@ -109,7 +110,8 @@ def _splits(step: Step, kv_heads: int, window: int) -> int:
     longest = step.block_tables.shape[1] * step.cache.block_size
     longest = min(longest, window) if window else longest
     wanted = -(-_processors(step.cache.device) * PROGRAMS_PER_PROCESSOR // (len(step.kv_lengths) * kv_heads))
-    return int(max(1, min(wanted, -(-longest // SPLIT_TOKENS), 64)))
+    most = max(1, min(wanted, -(-longest // SPLIT_TOKENS), 64))
+    return 1 << (most.bit_length() - 1)  # few values: each is a kernel to compile
 
 
 def _processors(device: torch.device) -> int:
@@ -126,7 +128,8 @@ def _partials(output: Tensor, splits: int) -> tuple[Tensor, Tensor]:
 
 
 def _jit(function: Callable[..., None]) -> Any:
-    return triton.jit(function)
+    """Compiled anew for other types and alignments, not for other values of what differs from step to step."""
+    return triton.jit(function, do_not_specialize=["table_row", "window"])
 
 
 @_jit
@@ -236,13 +239,13 @@ def _attend_kernel(
 @_jit
 def _join_kernel(
     output, partial, weight, sinks,
-    DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, SINKS: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One program joins one token's and head's partial results, each weighted by the sum behind it."""
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    splits = tl.arange(0, PADDED_SPLITS)
+    splits = tl.arange(0, SPLITS)
     dims = tl.arange(0, PADDED)
-    logs = tl.load(weight + row * SPLITS + splits, mask=splits < SPLITS, other=float("-inf"))
+    logs = tl.load(weight + row * SPLITS + splits)
     top = tl.max(logs, 0)
     if SINKS:
         sink = tl.load(sinks + tl.program_id(1)).to(tl.float32) * LOG2E
@@ -254,7 +257,7 @@ def _join_kernel(
         total += tl.exp2(sink - top)
     parts = tl.load(
         partial + (row * SPLITS + splits[:, None]) * DIM + dims[None, :],
-        mask=(splits < SPLITS)[:, None] & (dims < DIM)[None, :], other=0.0,
+        mask=(dims < DIM)[None, :], other=0.0,
     )  # fmt: skip
     result = tl.sum(parts * shares[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(output + row * DIM + dims, result.to(output.dtype.element_ty), mask=dims < DIM)

@@ -61,7 +61,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "phi3": dict(sliding_window=WINDOW),
     "gpt2": dict(n_embd=48, n_layer=4, n_head=4, n_positions=256, scale_attn_by_inverse_layer_idx=True),
-    "gpt_bigcode": dict(n_embd=48, n_layer=4, n_head=4, n_positions=256),
 }
 """Small random models of families that differ in what they ask of attention."""
 
