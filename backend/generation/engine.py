@@ -67,6 +67,10 @@ class _Completion:
     logprob: float = 0.0
 
 
+def _failure(error: Exception) -> ServingError:
+    return error if isinstance(error, ServingError) else ServingError(f"{type(error).__name__}: {error}")
+
+
 def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
     """From another thread."""
     with suppress(RuntimeError):  # the loop has been closed: nobody listens any more
@@ -241,9 +245,12 @@ class Engine:
             self._group.check()
 
     def _add(self, prompts: list[Prompt], stream: Stream) -> None:
-        for index, seq in enumerate(chain.from_iterable(map(self._sequences, prompts))):
-            self._open[seq.arrival] = _Completion(seq, stream, index, Text(self.tokenizer, seq.params.stop))
-            self._scheduler.add(seq)
+        try:
+            for index, seq in enumerate(chain.from_iterable(map(self._sequences, prompts))):
+                self._open[seq.arrival] = _Completion(seq, stream, index, Text(self.tokenizer, seq.params.stop))
+                self._scheduler.add(seq)
+        except Exception as error:  # whatever is wrong with one request must not end the others
+            self._end(stream, _failure(error))
 
     def _sequences(self, prompt: Prompt) -> list[Sequence]:
         """One for each sample; without the prefix cache only these share blocks."""
@@ -265,7 +272,7 @@ class Engine:
             try:
                 completion.stream.put(self._delta(completion, accepted.token_id, logprob))
             except Exception as error:  # a tokenizer's bug must not end the neighbours
-                self._end(completion.stream, ServingError(f"{type(error).__name__}: {error}"))
+                self._end(completion.stream, _failure(error))
             news[id(completion.stream)] = completion.stream
         for stream in news.values():
             stream.ring()
@@ -351,7 +358,7 @@ class Engine:
 
     def _recover(self, error: Exception) -> None:
         """After the ranks failed: tell everybody, start them again, slower each time; give up after max_restarts."""
-        reason = str(error) if isinstance(error, ServingError) else f"{type(error).__name__}: {error}"
+        reason = str(_failure(error))
         self._report(f"down: {reason}")
         self._down = f"is restarting ({reason})"
         self._group.close()
