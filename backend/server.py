@@ -206,7 +206,7 @@ def local_commands(name: str, ports: Ports) -> list[str]:
         f'{program} generate --name {name}{flag} "The capital of France is"',
         f"curl -s {ports.local}:{ports.http}/v2/models/{name}/generate "
         """-d '{"text_input": "The capital of France is", "max_tokens": 16}'""",
-        f'python -c \'from client import pipeline; print(pipeline("generate", name="{name}"{other})("Hello").text)\'',
+        f'{sys.executable} -c \'from client import pipeline; print(pipeline("generate", name="{name}"{other})("Hello").text)\'',
     ]
 
 
