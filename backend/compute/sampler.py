@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from backend.generation.plan import History, Longs, Sampling
 BROKEN = -1
 """The id answered for a row whose logits hold NaN or +inf, or in which nothing is left to choose."""
 
+_SMALL = 1 << 16
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -45,9 +46,10 @@ class Sampler:
         scores = self._adjusted(logits, sampling, slots)
         best, token_ids = scores.max(dim=-1)
         if not sampling.greedy:
-            rows = np.flatnonzero(sampling.temperature)
-            at = self._upload(rows)
-            token_ids.index_copy_(0, at, self._drawn(scores[at].float(), best[at].float(), sampling, rows))
+            drawn = np.flatnonzero(sampling.temperature)
+            token_ids = self._on_rows(
+                drawn, lambda ids, scores, best: self._drawn(scores, best, sampling, drawn), token_ids, scores, best
+            )
         if sampling.penalised:
             self._counts.add(self._slots(slots), token_ids)
         logprobs = _logprobs(logits, token_ids) if sampling.logprobs else None
@@ -61,22 +63,15 @@ class Sampler:
         scores = logits.to(torch.float32, copy=True)  # [R, V]
         if len(blocked):
             rows, ids = self._upload(blocked.T)
-            scores[rows, ids] = -torch.inf
-        if sampling.penalised:
-            self._penalise(scores, sampling, slots)
-        return scores
-
-    def _penalise(self, scores: Tensor, sampling: Sampling, slots: NDArray[np.int32] | Tensor) -> None:
+            scores.index_put_((rows, ids), scores.new_full((), -torch.inf))  # a Python number would be waited for
+        if not sampling.penalised:
+            return scores
         settings = np.stack([sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty])
-        rows = np.flatnonzero((settings != [[1], [0], [0]]).any(axis=0))
-        repetition, frequency, presence = self._upload(settings[:, rows, None])  # each [P, 1]
-        at = self._upload(rows)
-        prompt, counts = self._counts.of(self._slots(slots)[at])  # [P, V]
-        part = scores[at]
-        repeated = torch.where(part < 0, part * repetition, part / repetition)
-        part = torch.where(prompt | (counts > 0), repeated, part)
-        part -= frequency * counts + presence * (counts > 0)
-        scores.index_copy_(0, at, part)
+        penalised = np.flatnonzero((settings != [[1], [0], [0]]).any(axis=0))
+        on_device = self._upload(settings[:, penalised, None])  # [3, P, 1]
+        return self._on_rows(
+            penalised, lambda part, at: _penalised(part, *self._counts.of(at), on_device), scores, self._slots(slots)
+        )
 
     def _drawn(self, scores: Tensor, best: Tensor, sampling: Sampling, rows: Longs) -> Tensor:
         """One id per row [G], drawn from scores [G, V] whose greatest is best [G].
@@ -85,7 +80,7 @@ class Sampler:
         an argmax, and its noise depends on nothing but seed, counter and token id.
         """
         temperature = np.maximum(sampling.temperature[rows, None], _SMALLEST)
-        scores = (scores - best[:, None]) / self._upload(temperature)
+        scores = (scores.float() - best[:, None].float()) / self._upload(temperature)
         scores = self._filtered(scores, sampling.top_k[rows], sampling.top_p[rows], sampling.min_p[rows])
         keys = self._upload(row_keys(sampling.seeds[rows], sampling.counters[rows])[:, :, None])
         return (scores + gumbel(keys[0], keys[1], self._ids)).argmax(dim=-1)
@@ -94,26 +89,25 @@ class Sampler:
         self, scores: Tensor, top_k: NDArray[np.int32], top_p: NDArray[np.float32], min_p: NDArray[np.float32]
     ) -> Tensor:
         """Scores [G, V] with -inf where top_k, top_p or min_p drop a token; the best of each row is 0 and stays."""
-        if top_k.any():
-            scores = self._most_likely(scores, top_k)
+        k = np.minimum(top_k, scores.shape[-1]).astype(np.int64)
+        if (rows := np.flatnonzero(k % scores.shape[-1])).size:
+            scores = self._on_rows(
+                rows, lambda part: _most_likely(part, self._upload(k[rows, None]), int(k[rows].max())), scores
+            )
         if (rows := np.flatnonzero(top_p < 1)).size:
             widest = int(top_k[rows].max()) if top_k[rows].all() else scores.shape[-1]
-            at = self._upload(rows)
-            scores.index_copy_(0, at, _nucleus(scores[at], self._upload(top_p[rows, None]), widest))
+            scores = self._on_rows(rows, lambda part: _nucleus(part, self._upload(top_p[rows, None]), widest), scores)
         if min_p.any():
             with np.errstate(divide="ignore"):  # the logarithm of 0 is -inf, which keeps all
                 scores = scores.masked_fill(scores < self._upload(np.log(min_p[:, None])), -torch.inf)
         return scores
 
-    def _most_likely(self, scores: Tensor, top_k: NDArray[np.int32]) -> Tensor:
-        vocab_size = scores.shape[-1]
-        k = np.where(top_k == 0, vocab_size, np.minimum(top_k, vocab_size)).astype(np.int64)
-        on = np.flatnonzero(k < vocab_size)
-        if not on.size:
-            return scores
-        at, part = self._upload(on), scores[self._upload(on)]
-        last = part.topk(int(k[on].max())).values.gather(1, self._upload(k[on, None] - 1))
-        return scores.index_copy(0, at, part.masked_fill(part < last, -torch.inf))
+    def _on_rows(self, rows: Longs, change: Callable[..., Tensor], first: Tensor, *others: Tensor) -> Tensor:
+        """The first tensor with some rows (all of them, often) replaced by what `change` makes of them."""
+        if len(rows) == len(first):
+            return change(first, *others)
+        at = self._upload(rows)
+        return first.index_copy(0, at, change(first[at], *(other[at] for other in others)))
 
     def _slots(self, slots: NDArray[np.int32] | Tensor) -> Tensor:
         return slots.to(self.device) if isinstance(slots, Tensor) else self._upload(slots.astype(np.int64))
@@ -167,6 +161,20 @@ def gumbel(key: Tensor, other: Tensor, ids: Tensor) -> Tensor:
     return uniform.log1p_().neg_().log_().neg_()
 
 
+def _penalised(scores: Tensor, prompt: Tensor, counts: Tensor, settings: Tensor) -> Tensor:
+    """Scores, occurrence in the prompt and counts in the completion [P, V], with settings [3, P, 1]."""
+    repetition, frequency, presence = settings.unbind()
+    repeated = torch.where(scores < 0, scores * repetition, scores / repetition)
+    scores = torch.where(prompt | (counts > 0), repeated, scores)
+    return scores - (frequency * counts + presence * (counts > 0))
+
+
+def _most_likely(scores: Tensor, k: Tensor, largest: int) -> Tensor:
+    """Scores [G, V] less those below the k-th [G, 1]."""
+    last = scores.topk(largest).values.gather(1, k - 1)
+    return scores.masked_fill(scores < last, -torch.inf)
+
+
 def _nucleus(scores: Tensor, top_p: Tensor, widest: int) -> Tensor:
     """Scores [G, V] less those before which the more likely tokens reach top_p [G, 1].
 
@@ -190,9 +198,11 @@ def _logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def _upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """To the device without waiting for it: a copy from memory that is not pinned may."""
+    """To the device without waiting for it: CUDA takes small arrays at once, larger ones only from pinned memory."""
     tensor = torch.from_numpy(array.copy(order="C"))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type == "cuda" and tensor.nbytes > _SMALL:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class _Counts:
