@@ -206,7 +206,8 @@ def local_commands(name: str, ports: Ports) -> list[str]:
         f'{program} generate --name {name}{flag} "The capital of France is"',
         f"curl -s {ports.local}:{ports.http}/v2/models/{name}/generate "
         """-d '{"text_input": "The capital of France is", "max_tokens": 16}'""",
-        f'{sys.executable} -c \'from client import pipeline; print(pipeline("generate", name="{name}"{other})("Hello").text)\'',
+        f"{sys.executable} -c 'from client import pipeline; "
+        f'print(pipeline("generate", name="{name}"{other})("Hello").text)\'',
     ]
 
 
