@@ -69,7 +69,7 @@ def test_progress_is_reported_in_lines():
 
 def test_a_load_error_keeps_its_class_and_becomes_one_line():
     group = make(2, model="unloadable")
-    with pytest.raises(LoadError, match="^no such thing at all$"):
+    with pytest.raises(LoadError, match=r"^no such thing at all$"):
         group.start()
     assert group.pids == [] and children() == []
 
@@ -83,7 +83,6 @@ def test_a_killed_rank_fails_the_call_at_once(group, rank):
 def test_an_exit_status_is_named(group):
     with pytest.raises(EngineDown, match="rank 1 ended with exit status 3"):
         group.call("leave", 1)
-        group.call("add", 1, 1)
 
 
 def test_one_rank_that_raises_fails_the_call_though_the_others_are_busy(group):
@@ -94,16 +93,15 @@ def test_one_rank_that_raises_fails_the_call_though_the_others_are_busy(group):
 def test_a_death_while_idle_is_noticed(group):
     group.check()
     os.kill(group.pids[1], signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(group.pids[1])], timeout=5)
     with pytest.raises(EngineDown, match="rank 1"):
-        for _ in range(100):
-            group.check()
-            time.sleep(0.05)
+        group.check()
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP])
 def test_a_hung_rank_is_named_when_its_time_is_up(group, number):
     os.kill(group.pids[1], number)
-    with pytest.raises(EngineDown, match="rank 1 has not answered for 0.5 s"):
+    with pytest.raises(EngineDown, match=r"rank 1 has not answered for 0\.5 s"):
         group.call("add", 1, 1, timeout=0.5)
 
 
@@ -133,5 +131,5 @@ def test_ranks_die_with_their_parent(tmp_path):
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2 and all(map(psutil.pid_exists, pids))
         parent.kill()
-    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=2)
+    _gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=2)
     assert not alive
