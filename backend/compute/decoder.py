@@ -26,6 +26,9 @@ from backend.generation.plan import LAST_TOKEN, Capacity, Ints, Plan, Sampled, S
 from backend.ranks.rank import Birth, Deferred
 
 
+BUILDS = " (DeepSpeed compiles its shared-memory all-reduce when it is first used: about a minute)"
+
+
 class Decoder:
     """One rank's weights, KV cache, per-slot state and CUDA graphs. Every rank gets every plan, in order."""
 
@@ -39,6 +42,8 @@ class Decoder:
             torch.cuda.set_device(self._device)
         else:
             torch.set_num_threads(birth.config.threads)
+        if birth.world > 1:
+            self._progress(f"joining {birth.world} ranks" + (BUILDS if self._device.type == "cpu" else ""))
         connect(birth.rank, birth.world, self._device, Path(birth.folder))
         register()
         self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
