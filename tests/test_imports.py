@@ -60,7 +60,7 @@ def test_only_ranks_import_compute(file):
 
 @pytest.mark.parametrize("file", files("backend/compute"), ids=lambda file: file.name)
 def test_compute_knows_plans_and_ranks_but_not_the_engine(file):
-    allowed = ("backend.compute", "backend.generation.plan", "backend.ranks.rank", *FREE)
+    allowed = ("backend.compute", "backend.generation.plan", "backend.generation.capacity", "backend.ranks.rank", *FREE)
     ours = [module for module in imports(file) if within(module, "backend")]
     assert [m for m in ours if not within(m, *allowed) and not any(within(a, m) for a in allowed)] == []
 

@@ -22,9 +22,9 @@ from backend.compute.sampler import Sampler
 from backend.compute.tensor_parallel import connect
 from backend.config import DTYPES, EngineConfig
 from backend.errors import LoadError
-from backend.generation.plan import LAST_TOKEN, Capacity, Ints, Plan, Sampled, Sampling
+from backend.generation.capacity import Capacity
+from backend.generation.plan import LAST_TOKEN, Ints, Plan, Sampled, Sampling
 from backend.ranks.rank import Birth, Deferred
-
 
 BUILDS = " (DeepSpeed compiles its shared-memory all-reduce when it is first used: about a minute)"
 

@@ -9,26 +9,26 @@ import asyncio
 import os
 import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from math import inf
 from queue import Empty, SimpleQueue
 
 from backend import checkpoint
 from backend.config import EngineConfig
 from backend.devices import resolved
-from backend.errors import Cancelled, DeadlineExceeded, EngineDown, InvalidInput, LoadError, Overloaded, ServingError
+from backend.errors import Cancelled, DeadlineExceeded, EngineDown, Overloaded, ServingError
 from backend.generation.blocks import BlockPool
+from backend.generation.capacity import share
+from backend.generation.completion import Completion
 from backend.generation.params import Defaults
 from backend.generation.plan import Sampled, pack
+from backend.generation.prompt import Prompt
 from backend.generation.scheduler import Chunk, Scheduler
-from backend.generation.sequence import SamplingParams, Sequence
 from backend.generation.stream import Delta, Stream
 from backend.generation.text import Text
 from backend.generation.tokenizer import Tokenizer
@@ -39,32 +39,6 @@ IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
 CANCEL_POLL = 0.1
 """Seconds between questions whether the caller is still there; each costs about 100 µs."""
-SEED_STEP = 0x9E3779B97F4A7C15
-"""Odd, so that the samples of one prompt have different seeds (Weyl sequence)."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt and what is wanted of it."""
-
-    token_ids: array[int]
-    params: SamplingParams
-    n: int = 1
-    priority: int = 0
-    timeout: float = inf
-    """Seconds from submission."""
-    salt: bytes = b""
-
-
-@dataclass(eq=False)
-class _Completion:
-    """A sequence and where its text goes."""
-
-    seq: Sequence
-    stream: Stream
-    index: int
-    text: Text
-    logprob: float = 0.0
 
 
 def _failure(error: Exception) -> ServingError:
@@ -87,7 +61,7 @@ class Engine:
         self._report = report
         self._worker = worker
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._open: dict[int, _Completion] = {}
+        self._open: dict[int, Completion] = {}
         self._sent: deque[list[Chunk]] = deque()
         self._closing = threading.Event()
         self._down = "is loading"
@@ -138,11 +112,6 @@ class Engine:
         self._inbox.put(look)
         return done.result(self.config.step_timeout)
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        """The longest prompt that leaves room for one new token."""
-        return self.max_model_len - 1
-
     def submit(self, prompts: list[Prompt], notify: Callable[[], None]) -> Stream:
         """Queue the prompts as one request; `notify` is called on the engine's thread when there is news."""
         if self._down:
@@ -152,7 +121,7 @@ class Engine:
         if queued + wanted > self.config.max_waiting + self.config.max_sequences - self._scheduler.num_running:
             raise Overloaded(f"{queued} sequences are waiting, the limit is {self.config.max_waiting}; try again later")
         for prompt in prompts:
-            self._check_fits(prompt)
+            prompt.check(self.max_model_len, self.vocab)
         stream = Stream(wanted, notify)
         self._inbox.put(partial(self._add, prompts, stream))
         return stream
@@ -245,29 +214,24 @@ class Engine:
             self._group.check()
 
     def _add(self, prompts: list[Prompt], stream: Stream) -> None:
+        """Without the prefix cache, only the samples of one prompt share blocks."""
         try:
-            for index, seq in enumerate(chain.from_iterable(map(self._sequences, prompts))):
-                self._open[seq.arrival] = _Completion(seq, stream, index, Text(self.tokenizer, seq.params.stop))
+            sequences = (
+                prompt.sequences(self.max_model_len, prompt.salt if self.config.prefix_cache else os.urandom(16))
+                for prompt in prompts
+            )
+            for index, seq in enumerate(chain.from_iterable(sequences)):
+                self._open[seq.arrival] = Completion(seq, stream, index, Text(self.tokenizer, seq.params.stop))
                 self._scheduler.add(seq)
         except Exception as error:  # whatever is wrong with one request must not end the others
             self._end(stream, _failure(error))
-
-    def _sequences(self, prompt: Prompt) -> list[Sequence]:
-        """One for each sample; without the prefix cache only these share blocks."""
-        salt = prompt.salt if self.config.prefix_cache else os.urandom(16)
-        deadline = time.monotonic() + prompt.timeout
-        room = self.max_model_len - len(prompt.token_ids)
-        params = replace(prompt.params, max_tokens=min(prompt.params.max_tokens, room))
-        seeds = [(params.seed + sample * SEED_STEP) % 2**64 for sample in range(prompt.n)]
-        return [
-            Sequence(prompt.token_ids[:], replace(params, seed=seed), prompt.priority, deadline, salt) for seed in seeds
-        ]
 
     def _commit(self, chunks: list[Chunk], sampled: Sampled) -> None:
         """Record a computed step and tell its readers."""
         news: dict[int, Stream] = {}
         for accepted in self._scheduler.commit(chunks, sampled.token_ids.tolist()):
-            completion = self._open[accepted.seq.arrival]
+            if (completion := self._open.get(accepted.seq.arrival)) is None:
+                continue  # a moment ago another sequence of its request failed
             logprob = None if sampled.logprobs is None else float(sampled.logprobs[accepted.row])
             try:
                 completion.stream.put(self._delta(completion, accepted.token_id, logprob))
@@ -277,21 +241,14 @@ class Engine:
         for stream in news.values():
             stream.ring()
 
-    def _delta(self, completion: _Completion, token: int, logprob: float | None) -> Delta:
-        """What one more token adds; ends the sequence when it completes a stop string."""
-        seq, text = completion.seq, completion.text
-        if token < 0:
-            raise ServingError("the model's logits are not finite")
-        delta = text.push([token]) if token not in seq.params.stop_token_ids else ""
-        if text.stopped and not seq.finish_reason:
+    def _delta(self, completion: Completion, token: int, logprob: float | None) -> Delta:
+        """The news of one more token; ends the sequence when it completes a stop string."""
+        seq, text = completion.seq, completion.push(token)
+        if completion.text.stopped:
             self._scheduler.finish(seq, "stop")
         if seq.finish_reason:
-            delta += text.finish()
             del self._open[seq.arrival]
-        reported = logprob if seq.params.logprobs and logprob is not None else None
-        completion.logprob += reported or 0.0
-        logprobs = None if reported is None else [reported]
-        return Delta(completion.index, delta, [token], seq.finish_reason, completion.logprob, logprobs)
+        return completion.delta(token, text, logprob)
 
     def _expire(self) -> None:
         for seq in self._scheduler.expire(time.monotonic()):
@@ -307,13 +264,6 @@ class Engine:
             self._scheduler.abort(completion.seq)
             del self._open[completion.seq.arrival]
 
-    def _check_fits(self, prompt: Prompt) -> None:
-        length, limit = len(prompt.token_ids), self.max_prompt_tokens
-        if not 1 <= length <= limit:
-            raise InvalidInput(f"the prompt has {length} tokens, the limit is {limit} (max_model_len - 1)")
-        if bad := [token for token in (min(prompt.token_ids), max(prompt.token_ids)) if not 0 <= token < self.vocab]:
-            raise InvalidInput(f"token id {bad[0]} is not in the vocabulary of {self.vocab}")
-
     # ---- start and restart
 
     def _load(self) -> None:
@@ -325,7 +275,7 @@ class Engine:
         try:
             capacities = self._group.call("capacity", timeout=limit)
             self.vocab = capacities[0].vocab_size
-            blocks, self.max_model_len = self._share(min(c.num_blocks for c in capacities), capacities[0].max_model_len)
+            blocks, self.max_model_len = share(self.config, capacities)
             self._group.call("allocate", blocks, self.max_model_len, timeout=limit)
             self._group.call("warm_up", timeout=limit)
         except BaseException:
@@ -340,22 +290,6 @@ class Engine:
             f"sequences up to {self.max_model_len} tokens"
         )
 
-    def _share(self, blocks: int, longest: int) -> tuple[int, int]:
-        """KV blocks to allocate and the longest sequence, from what fits and what the model and configuration say."""
-        config, size = self.config, self.config.block_size
-        if config.max_model_len > longest:
-            raise LoadError(f"max_model_len {config.max_model_len} is more than the model's {longest}")
-        length = config.max_model_len or longest
-        useful = config.max_sequences * -(-length // size)
-        blocks = config.num_blocks or min(blocks, useful)
-        if config.max_model_len > blocks * size:
-            raise LoadError(
-                f"max_model_len {length} needs {-(-length // size)} KV blocks of {size} tokens, {blocks} fit"
-            )
-        if blocks < 1:
-            raise LoadError("no KV block fits into the free memory")
-        return blocks, min(length, blocks * size)
-
     def _recover(self, error: Exception) -> None:
         """After the ranks failed: tell everybody, start them again, slower each time; give up after max_restarts."""
         reason = str(_failure(error))
@@ -368,9 +302,8 @@ class Engine:
                 return
             try:
                 return self._load()
-            except ServingError as failure:
-                self._report(f"restart {attempt + 1} failed: {failure}")
-                self._down = f"is restarting ({failure})"
+            except Exception as failure:
+                self._report(f"restart {attempt + 1} failed: {_failure(failure)}")
         self._down = f"has failed for good ({reason})"
         while not self._closing.is_set():
             self._fail_all(EngineDown(f"the model {self._down}"))

@@ -90,17 +90,6 @@ class Sampled:
     logprobs: Floats | None  # [R], natural logarithm, before temperature and penalties; only if asked for
 
 
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What a rank can hold, told once after loading."""
-
-    num_blocks: int
-    """KV blocks that fit into its share of the free memory."""
-    max_model_len: int
-    """The model's own limit, tokens."""
-    vocab_size: int
-
-
 def pack(chunks: list[Chunk], block_size: int) -> Plan:
     """Lay one step out as arrays.
 

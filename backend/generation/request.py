@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from backend.config import EngineConfig
 from backend.errors import InvalidInput
-from backend.generation.engine import Engine, Prompt
+from backend.generation.engine import Engine
 from backend.generation.params import Defaults, Limits, Options, decode_text, parse
+from backend.generation.prompt import Prompt
 from backend.generation.stream import Delta
 from backend.generation.tokenizer import Tokenizer
 

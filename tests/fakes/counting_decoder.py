@@ -10,7 +10,8 @@ import time
 import numpy as np
 
 from backend.errors import LoadError
-from backend.generation.plan import LAST_TOKEN, Capacity, Sampled
+from backend.generation.capacity import Capacity
+from backend.generation.plan import LAST_TOKEN, Sampled
 
 VOCAB = 200
 END = 2

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from backend.config import EngineConfig
-from backend.generation.engine import Engine, Prompt
+from backend.generation.engine import Engine
+from backend.generation.prompt import Prompt
 from backend.generation.sequence import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
-from tiny import save_llama  # noqa: E402
+from tiny import save_llama
 
 pytestmark = pytest.mark.gpu
 NEW = 40

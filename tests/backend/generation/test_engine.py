@@ -16,7 +16,8 @@ import pytest
 
 from backend.config import EngineConfig
 from backend.errors import Cancelled, DeadlineExceeded, EngineDown, InvalidInput, LoadError, Overloaded, ServingError
-from backend.generation.engine import Engine, Prompt
+from backend.generation.engine import Engine
+from backend.generation.prompt import Prompt
 from backend.generation.sequence import SamplingParams
 
 FAKES = Path(__file__).parents[2] / "fakes"
