@@ -1,0 +1,192 @@
+"""Served: one launcher with its tritonserver, started, asked over raw gRPC and HTTP, ended, and what it left behind."""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from client import async_pipeline, pipeline
+from client.control import Control
+from client.channel import Endpoint
+from client.tensors import decode, encode
+
+TRUE_STATUS = (("triton_grpc_error", "true"),)
+TYPES = {"max_tokens": "i4", "min_tokens": "i4", "n": "i4", "top_k": "i4", "input_ids": "i4", "stop_token_ids": "i4",
+         "temperature": "f4", "top_p": "f4", "min_p": "f4", "repetition_penalty": "f4", "frequency_penalty": "f4",
+         "presence_penalty": "f4", "seed": "u8", "random_seed": "u8", "min_length": "i4"}  # fmt: skip
+DRAIN, LIMIT = 5, 40
+"""Seconds: what requests get at the end, and the outer limit, since 2.51 can hang with an open stream."""
+
+
+class Served:
+    """A launcher in a process of its own; everything that descends from it carries `mark` in its environment."""
+
+    def __init__(self, folder, repository, *arguments):
+        self.mark, self.folder, self.repository = uuid.uuid4().hex, folder, repository
+        self.before = set(os.listdir("/dev/shm"))
+        (folder / "tmp").mkdir(parents=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "backend.server", "--port=0", "--http-port=0", "--metrics-port=0",
+             f"--drain-seconds={DRAIN}", f"--repository={repository}", *arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"SERVED": self.mark, "TRITONSPEED_RUN": str(self.run), "TMPDIR": str(folder / "tmp")},
+            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0),  # with pytest, however it ends
+        )  # fmt: skip
+        self.said, self.ready = "", threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    @property
+    def run(self):
+        return self.folder / "run"
+
+    def wait(self, timeout=120):
+        """Until it serves."""
+        end = time.monotonic() + timeout
+        while not self.ready.wait(0.1):
+            assert self.process.poll() is None and time.monotonic() < end, f"the server did not start:\n{self.said}"
+        found = re.search(r":(\d+) \(gRPC\), (\d+) \(HTTP\), (\d+) \(metrics\)", self.said)
+        self.ports = [int(port) for port in found.groups()]
+        self.port, self.http, self.metrics = self.ports
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        return self
+
+    def stop(self, how=signal.SIGINT):
+        """The launcher's exit status."""
+        if hasattr(self, "_channel"):
+            self._channel.close()
+        self.process.send_signal(how)
+        try:
+            return self.process.wait(LIMIT)
+        finally:
+            for process in self.processes():
+                process.kill()
+
+    def left(self):
+        """What is still there of it: processes, ports, files; nothing once it has been stopped."""
+        found = [f"process {process}" for process in gone(self.processes())]
+        found += [f"port {port}" for port in getattr(self, "ports", ()) if not _free(port)]
+        ours = (f"tritonspeed_{self.process.pid}_", "deepspeed_allreduce_buffer_", "triton_python_backend")
+        found += [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(ours) and name not in self.before]
+        return found + [str(path) for place in (self.run, self.folder / "tmp") for path in place.iterdir()]
+
+    def processes(self, word=""):
+        """Everything that it started and that lives, narrowed to command lines with `word`."""
+        return [p for p in psutil.process_iter() if _belongs(p, self.mark) and (not word or word in " ".join(p.cmdline()))]
+
+    def family(self, model):
+        """A model's stub and its ranks."""
+        (stub,) = [p for p in self.processes("triton_python_backend_stub") if f"/{model}/" in " ".join(p.cmdline())]
+        return stub, [p for p in stub.children() if "backend.ranks.rank" in " ".join(p.cmdline())]
+
+    # ---- asking
+
+    def pipeline(self, model, **options):
+        return pipeline("generate", model, "127.0.0.1", self.port, **options)
+
+    def async_pipeline(self, model, **options):
+        return async_pipeline("generate", model, "127.0.0.1", self.port, **options)
+
+    def control(self):
+        return Control(Endpoint.of("127.0.0.1", self.port))
+
+    def ask(self, *requests, status=False, timeout=60):
+        """A gRPC stream's call: iterating it gives Triton's messages."""
+        return self.stub.ModelStreamInfer(iter(requests), timeout=timeout, metadata=TRUE_STATUS if status else ())
+
+    def post(self, path, body, timeout=60):
+        """Status and text of the HTTP answer; `body` is JSON to be, or bytes."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.http}/v2/models/{path}", data, timeout) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def _read(self):
+        with self.process.stderr as lines:
+            for line in lines:
+                self.said += line
+                if line.startswith("ready after"):
+                    self.ready.set()
+
+
+def request(model, text=None, parameters=None, id="", **tensors):
+    """A request that asks for the empty final response; scalars become [1, 1], lists [1, k], arrays stay."""
+    given = tensors if text is None else {"text_input": text, **tensors}
+    made = encode(model, {name: _tensor(name, value) for name, value in given.items()})
+    made.id = id
+    fields = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
+    for name, value in {"triton_enable_empty_final_response": True, **(parameters or {})}.items():
+        setattr(made.parameters[name], fields[type(value)], value)
+    return made
+
+
+def _tensor(name, value):
+    if isinstance(value, np.ndarray):
+        return value
+    values = [each.encode() if isinstance(each, str) else each for each in (value if isinstance(value, list) else [value])]
+    return np.array([values], TYPES.get(name, "?" if isinstance(values[0], bool) else object))
+
+
+def answers(call):
+    """The responses that hold tensors, decoded, each with its request's id; an error in a message is raised as text."""
+    found = []
+    for message in call:
+        assert not message.error_message, message.error_message
+        if message.infer_response.outputs:
+            found.append(decode(message.infer_response) | {"id": message.infer_response.id})
+    return found
+
+
+def finals(messages):
+    """How often each request's id was ended."""
+    ends = [m.infer_response.id for m in messages if m.infer_response.parameters["triton_final_response"].bool_param]
+    return {id: ends.count(id) for id in ends}
+
+
+def events(text):
+    """The JSON of an answer of generate_stream."""
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+def gone(processes, seconds=5):
+    """Those that still live after so long."""
+    return psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def eventually(holds, seconds=30):
+    """The first true value of `holds()`."""
+    end = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < end, f"it did not become true within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+def _belongs(process, mark):
+    try:
+        return process.environ().get("SERVED") == mark and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, OSError):
+        return False
+
+
+def _free(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
