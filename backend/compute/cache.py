@@ -7,8 +7,10 @@ tokens, in about two thirds of the time of two tensors. The last block is scratc
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -48,8 +50,7 @@ class KVCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.layers = [
-            torch.zeros(num_blocks + 1, block_size, 2, spec.kv_heads, spec.head_dim, dtype=dtype, device=device)
-            for spec in specs
+            _zeros((num_blocks + 1, block_size, 2, spec.kv_heads, spec.head_dim), dtype, self.device) for spec in specs
         ]
         self._gathered = torch.empty(0, dtype=dtype, device=device)
 
@@ -83,6 +84,13 @@ class KVCache:
         torch.index_select(kv, 0, slots, out=buffer)
         keys, values = buffer.view(sequences, -1, *kv.shape[1:]).permute(2, 0, 3, 1, 4)
         return keys, values
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On CPU out of pages that take memory only once they are written: torch.zeros would write them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def bytes_per_block(specs: Sequence[LayerSpec], block_size: int, dtype: torch.dtype) -> int:
