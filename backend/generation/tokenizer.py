@@ -1,12 +1,16 @@
 """Tokenizer: text to token ids and back, and chats to text, as transformers does for the same folder.
 
-It knows neither torch nor transformers where the folder has a tokenizer.json: they take seconds to import.
+It knows neither torch nor transformers, which take seconds to import: where the folder has no tokenizer.json, another
+process asks them for one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -21,10 +25,13 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from backend.errors import InvalidInput, LoadError
+from backend.interpreter import python
 
 _log = logging.getLogger(__name__)
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONVERSION_TIMEOUT = 300.0
+"""Seconds for transformers to read a folder's tokenizer."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -115,12 +122,19 @@ def _load(folder: Path) -> tokenizers.Tokenizer:
     if file.is_file():
         return tokenizers.Tokenizer.from_file(str(file))
     _log.info("no tokenizer.json in %s: converting with transformers, which takes seconds", folder)
-    from transformers import AutoTokenizer
+    with tempfile.TemporaryDirectory(prefix="tritonspeed-tokenizer-") as scratch:
+        _convert(folder, converted := Path(scratch) / "tokenizer.json")
+        return tokenizers.Tokenizer.from_file(str(converted))
 
-    found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    if not isinstance(rust := getattr(found, "backend_tokenizer", None), tokenizers.Tokenizer):
-        raise LoadError(f"the tokenizer in {folder} ({type(found).__name__}) has no fast form: add a tokenizer.json")
-    return rust
+
+def _convert(folder: Path, file: Path) -> None:
+    """In a process of its own: 400 MB are gone with it, and Triton's stub cannot import all that transformers needs."""
+    line = [python(), "-P", "-m", "backend.compute.convert_tokenizer", str(folder), str(file)]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(line, check=False, env=offline, capture_output=True, text=True, timeout=CONVERSION_TIMEOUT)
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise LoadError(f"the tokenizer in {folder} cannot be read: {reason}")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 from backend import errors
 from backend.config import EngineConfig
 from backend.errors import EngineDown, LoadError, ServingError
+from backend.interpreter import python
 from backend.ranks.rank import Birth
 
 Report = Callable[[str], None]
@@ -136,11 +136,6 @@ class RankGroup:
         else:
             answers[member.rank] = value
         return bool(kind == "ok")
-
-
-def python() -> str:
-    """The interpreter to run a rank with. Inside Triton's stub sys.executable is not one."""
-    return os.environ.get("TRITONSPEED_PYTHON") or shutil.which("python3") or sys.executable
 
 
 def environment(config: EngineConfig, rank: int) -> dict[str, str]:
