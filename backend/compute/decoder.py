@@ -74,7 +74,8 @@ class Decoder:
     def warm_up(self) -> None:
         """A prefill of the full budget, and a decode of every size that has a CUDA graph (else of one and of all)."""
         config, longest = self._config, min(self._max_model_len, self._cache.num_blocks * self._config.block_size)
-        self._run(prefill(config.step_tokens, longest, config.block_size))
+        budget = min(config.step_tokens, config.max_sequences * longest)  # there are no more slots
+        self._run(prefill(budget, longest, config.block_size))
         graphs = self._device.type == "cuda" and config.cuda_graphs
         for done, size in enumerate(captured := sizes(config.max_sequences) if graphs else [1, config.max_sequences]):
             if graphs:
