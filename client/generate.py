@@ -40,7 +40,7 @@ class Generated:
 
     text: str
     finish_reason: str = ""
-    """stop, length or cancelled."""
+    """stop or length."""
     num_input_tokens: int | None = None
     num_output_tokens: int | None = None
     cumulative_logprob: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.checkpoint import Checkpoint, resolve
+from backend.compute.attention.families import length_limit
 from backend.compute.attention.paged import register
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, bytes_per_block, probe
@@ -20,6 +22,7 @@ from backend.compute.graphs import DecodeGraph, sizes
 from backend.compute.load import load
 from backend.compute.sampler import Sampler
 from backend.compute.tensor_parallel import connect
+from backend.compute.upload import upload
 from backend.config import DTYPES, EngineConfig
 from backend.errors import LoadError
 from backend.generation.capacity import Capacity
@@ -47,23 +50,34 @@ class Decoder:
         connect(birth.rank, birth.world, self._device, Path(birth.folder))
         register()
         self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what merging projections let go of
         self._specs = probe(self._model, self._device)
         self._sampler = Sampler(self._checkpoint.vocab_size, self._config.max_sequences, self._device)
         self._last = torch.zeros(self._config.max_sequences, dtype=torch.int64, device=self._device)  # by slot
         self._graphs: dict[int, DecodeGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
     def capacity(self) -> Capacity:
         """What fits beside the weights and the largest step's activations."""
-        size, config = self._config.block_size, self._config
+        size, config, longest = self._config.block_size, self._config, self._longest()
         if self._device.type == "cuda":
-            self.allocate(-(-config.step_tokens // size) + 1, self._checkpoint.max_model_len)
-            self._run(prefill(config.step_tokens, config.step_tokens, size))  # its activations stay reserved
+            self.allocate(-(-config.step_tokens // size) + 1, longest)
+            self._run(
+                prefill(config.step_tokens, min(config.step_tokens, longest), size, config.max_sequences)
+            )  # its memory stays reserved
+            self._run(decode(config.max_sequences, costly=True))
             del self._cache
             free = torch.cuda.mem_get_info()[0]
         else:
             free = psutil.virtual_memory().available // self._world
         blocks = int(free * config.kv_cache_fraction) // bytes_per_block(self._specs, size, self._dtype)
-        return Capacity(blocks, self._checkpoint.max_model_len, self._checkpoint.vocab_size)
+        return Capacity(blocks, longest, self._checkpoint.vocab_size)
+
+    def _longest(self) -> int:
+        """Tokens of the longest sequence that the model was made for, and that neighbours do not change."""
+        stated = self._checkpoint.max_model_len or self._config.max_model_len
+        return min(stated, length_limit(self._model.config) or stated)
 
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
         """Make the KV cache, for sequences up to `max_model_len` tokens."""
@@ -74,10 +88,10 @@ class Decoder:
     def warm_up(self) -> None:
         """A prefill of the full budget, and a decode of every size that has a CUDA graph (else of one and of all)."""
         config, longest = self._config, min(self._max_model_len, self._cache.num_blocks * self._config.block_size)
-        budget = min(config.step_tokens, config.max_sequences * longest)  # there are no more slots
-        self._run(prefill(budget, longest, config.block_size))
+        self._run(prefill(config.step_tokens, longest, config.block_size, config.max_sequences))
         graphs = self._device.type == "cuda" and config.cuda_graphs
-        for done, size in enumerate(captured := sizes(config.max_sequences) if graphs else [1, config.max_sequences]):
+        captured = sizes(config.max_sequences)[::-1] if graphs else [1, config.max_sequences]
+        for done, size in enumerate(captured):  # the largest first: the others fit into its memory
             if graphs:
                 self._graphs[size] = self._capture(size)
             self._run(decode(size))
@@ -96,7 +110,7 @@ class Decoder:
         token_ids, logprobs = self._sampler.sample(logits.float(), plan.sampling, slots[rows], plan.histories)
         if self._world > 1 and self._device.type == "cuda" and not plan.sampling.greedy:
             torch.distributed.broadcast(token_ids, 0)  # a scan on CUDA may round differently on another GPU
-        self._last[slots[rows]] = token_ids
+        self._last[slots[rows]] = token_ids.clamp(min=0)  # of a broken row too: the next step is already on its way
         return token_ids, logprobs
 
     def _input_ids(self, plan: Plan, slots: Tensor) -> Tensor:
@@ -108,7 +122,7 @@ class Decoder:
     def _logits(self, plan: Plan, ids: Tensor) -> Tensor:
         """[R, vocabulary], of the last token of each chunk that samples."""
         count = len(plan.rows)
-        if plan.decode and (size := next((size for size in self._graphs if size >= count), 0)):
+        if plan.decode and (size := min((size for size in self._graphs if size >= count), default=0)):
             return self._graphs[size].replay(plan, ids)
         ends = self._put(plan.query_starts[1:][plan.rows] - 1 if count else np.zeros(1, np.int64)).long()
         step = Step.from_plan(plan, self._device, self._cache)
@@ -122,7 +136,8 @@ class Decoder:
         return logits
 
     def _capture(self, size: int) -> DecodeGraph:
-        return DecodeGraph(self._forward, size, -(-self._max_model_len // self._config.block_size), self._cache)
+        width = -(-self._max_model_len // self._config.block_size)
+        return DecodeGraph(self._forward, size, width, self._cache, self._pool)
 
     def _answer(self, token_ids: Tensor, values: Tensor | None) -> Sampled | Deferred:
         if self._device.type != "cuda":
@@ -139,9 +154,7 @@ class Decoder:
         return answer
 
     def _put(self, values: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        # A copy from memory that is not pinned may wait for the step before.
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+        return upload(values, self._device)
 
     def _told_share(self) -> Callable[[float], None]:
         """Progress in tenths of the weights."""
@@ -172,18 +185,23 @@ def dtype_of(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype:
     return dtype
 
 
-def prefill(tokens: int, longest: int, block_size: int) -> Plan:
-    """A made-up step of `tokens` tokens in chunks of at most `longest`, for warm-up: its results are thrown away."""
-    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)]
+def prefill(tokens: int, longest: int, block_size: int, sequences: int) -> Plan:
+    """A made-up step of `tokens` tokens, in at most `sequences` chunks of at most `longest`, for warm-up."""
+    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)][:sequences]
     width = -(-longest // block_size)
     return made_up(
         np.array(lengths, np.int32), np.tile(np.arange(width, dtype=np.int32), (len(lengths), 1)), block_size
     )
 
 
-def decode(sequences: int) -> Plan:
-    """A made-up step of one token for each of `sequences` sequences."""
-    return made_up(np.ones(sequences, np.int32), np.zeros((sequences, 1), np.int32), 1)
+def decode(sequences: int, costly: bool = False) -> Plan:
+    """A made-up step of one token for each of `sequences`; `costly`: sampled in the way that takes most memory."""
+    plan = made_up(np.ones(sequences, np.int32), np.zeros((sequences, 1), np.int32), 1)
+    if not costly:
+        return plan
+    wide = np.full(sequences, 0.9, np.float32)
+    sampling = replace(plan.sampling, temperature=wide, top_p=wide, presence_penalty=wide, logprobs=True)
+    return replace(plan, sampling=sampling)
 
 
 def made_up(lengths: Ints, tables: Ints, block_size: int) -> Plan:

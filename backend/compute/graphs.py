@@ -7,12 +7,14 @@ sequences than the graph was captured for is padded with rows that attend to not
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache
+from backend.compute.upload import staged
 from backend.generation.plan import Plan
 
 Forward = Callable[[Tensor, Tensor, Step, int], Tensor]
@@ -25,9 +27,12 @@ def sizes(most: int) -> list[int]:
 
 
 class DecodeGraph:
-    """The forward of `size` sequences with block tables of `width` blocks, captured once."""
+    """The forward of `size` sequences with block tables of `width` blocks, captured once.
 
-    def __init__(self, forward: Forward, size: int, width: int, cache: KVCache) -> None:
+    Graphs may share the memory `pool`, since no two of them run at the same time.
+    """
+
+    def __init__(self, forward: Forward, size: int, width: int, cache: KVCache, pool: Any) -> None:
         device = cache.device
         self._ids = torch.zeros(size, dtype=torch.int64, device=device)
         self._positions = torch.zeros(size, dtype=torch.int64, device=device)
@@ -39,14 +44,14 @@ class DecodeGraph:
                 forward(self._ids, self._positions, self._step, 0)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._logits = forward(self._ids, self._positions, self._step, 0)
 
     def replay(self, plan: Plan, ids: Tensor) -> Tensor:
         """Logits [R, vocabulary] of a decode plan of at most `size` sequences, valid until the next replay."""
         count = len(plan.rows)
         self._ids[:count].copy_(ids)
-        self._positions[:count].copy_(torch.from_numpy(plan.positions), non_blocking=True)
+        self._positions[:count].copy_(staged(plan.positions, self._positions.device), non_blocking=True)
         self._step.fill(plan)
         self._graph.replay()
         return self._logits[:count]

@@ -38,7 +38,11 @@ DECODER = "backend.compute.decoder:Decoder"
 IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
 CANCEL_POLL = 0.1
-"""Seconds between questions whether the caller is still there; each costs about 100 µs."""
+CANCEL_COST = 0.002
+"""Seconds between questions whether the caller is still there, at least, and more for each open sequence: each question
+costs about 100 µs, so all together take at most a twentieth of a core."""
+SETTLED = 60.0
+"""Seconds of service after which a failure counts as the first: the pause before a restart doubles with each other."""
 
 
 def _failure(error: Exception) -> ServingError:
@@ -59,12 +63,15 @@ class Engine:
         self.folder = checkpoint.resolve(config.model, checkpoint.root())
         self.config = replace(self.config, model=str(self.folder))
         self._report = report
-        self._worker = worker
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._open: dict[int, Completion] = {}
         self._sent: deque[list[Chunk]] = deque()
         self._closing = threading.Event()
         self._down = "is loading"
+        self._admission = threading.Lock()
+        self._admitted = 0
+        self._group = RankGroup(self.config, worker, report)
+        self._failures = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._started: Future[None] = Future()
 
@@ -112,28 +119,38 @@ class Engine:
         self._inbox.put(look)
         return done.result(self.config.step_timeout)
 
-    def submit(self, prompts: list[Prompt], notify: Callable[[], None]) -> Stream:
+    def _submit(self, prompts: list[Prompt], notify: Callable[[], None]) -> Stream:
         """Queue the prompts as one request; `notify` is called on the engine's thread when there is news."""
         if self._down:
             raise EngineDown(f"the model {self._down}; try again later")
-        wanted = sum(prompt.n for prompt in prompts)
-        queued = self._scheduler.num_waiting + self._inbox.qsize()
-        if queued + wanted > self.config.max_waiting + self.config.max_sequences - self._scheduler.num_running:
-            raise Overloaded(f"{queued} sequences are waiting, the limit is {self.config.max_waiting}; try again later")
         for prompt in prompts:
             prompt.check(self.max_model_len, self.vocab)
-        stream = Stream(wanted, notify)
+        stream = Stream(sum(prompt.n for prompt in prompts), notify)
+        self._admit(stream.sequences)
         self._inbox.put(partial(self._add, prompts, stream))
         return stream
 
-    def abort(self, stream: Stream) -> None:
-        """End a request whose caller has gone; its blocks are free before the next step."""
-        self._inbox.put(partial(self._abort, stream))
+    def _admit(self, sequences: int) -> None:
+        """Count sequences in (or, if negative, out); Overloaded if there would be too many."""
+        limit = self.config.max_sequences + self.config.max_waiting
+        with self._admission:
+            if sequences > 0 and self._admitted + sequences > limit:
+                raise Overloaded(
+                    f"{self._admitted} sequences are running or waiting, the limit is {limit} "
+                    "(max_sequences + max_waiting); try again later"
+                )
+            self._admitted += sequences
+
+    def _leave(self, stream: Stream) -> None:
+        """The caller has all, or has gone: what is left of its request ends before the next step."""
+        self._admit(-stream.sequences)
+        if not stream.done:
+            self._inbox.put(partial(self._abort, stream))
 
     def run(self, prompts: list[Prompt], timeout: float | None = None) -> Iterator[list[Delta]]:
         """The news of a request as it comes, for threads; `timeout` seconds between two looks."""
         news = threading.Event()
-        stream = self.submit(prompts, news.set)
+        stream = self._submit(prompts, news.set)
         try:
             while not stream.done:
                 if not news.wait(timeout):
@@ -142,35 +159,34 @@ class Engine:
                 if deltas := stream.take():
                     yield deltas
         finally:
-            if not stream.done:
-                self.abort(stream)
+            self._leave(stream)
 
     async def stream(self, prompts: list[Prompt], cancelled: Callable[[], bool]) -> AsyncIterator[list[Delta]]:
         """The news of a request as it comes, for coroutines; raises Cancelled soon after `cancelled()` is true."""
         loop, news = asyncio.get_running_loop(), asyncio.Event()
-        stream = self.submit(prompts, lambda: _wake(loop, news))
+        stream = self._submit(prompts, lambda: _wake(loop, news))
         poll = loop.call_later(0, news.set)
         try:
             while not stream.done:
                 if loop.time() >= poll.when():
                     if cancelled():
                         raise Cancelled("the caller went away")
-                    poll = loop.call_later(CANCEL_POLL, news.set)
+                    poll = loop.call_later(max(CANCEL_POLL, CANCEL_COST * self._admitted), news.set)
                 await news.wait()
                 news.clear()
                 if deltas := stream.take():
                     yield deltas
         finally:
             poll.cancel()
-            if not stream.done:
-                self.abort(stream)
+            self._leave(stream)
 
     def close(self) -> None:
         """End the ranks and every request still open."""
+        starting, self._down = bool(self._down), "is being unloaded"
         self._closing.set()
         self._inbox.put(lambda: None)  # wakes an idle thread
-        if self._down and self._thread.is_alive():
-            self._group.kill()  # a start that may take minutes
+        if starting:
+            self._group.kill()  # a start may take minutes
         if self._thread.ident:
             self._thread.join()
 
@@ -200,8 +216,18 @@ class Engine:
                 self._group.send("step", pack(chunks, self.config.block_size))
                 self._sent.append(chunks)
             if len(self._sent) > (depth if chunks else 0):
-                sampled = self._group.receive(self.config.step_timeout)[0]
+                sampled = self._receive()
                 self._commit(self._sent.popleft(), sampled)
+
+    def _receive(self) -> Sampled:
+        """The oldest step's tokens; deadlines hold meanwhile, and `close` need not wait for a rank that hangs."""
+        deadline = time.monotonic() + self.config.step_timeout
+        while not self._group.answering(IDLE_CHECK) and time.monotonic() < deadline:
+            self._expire()
+            if self._closing.is_set():
+                raise EngineDown("the model is being unloaded")
+        sampled: Sampled = self._group.receive(max(1.0, deadline - time.monotonic()))[0]
+        return sampled
 
     def _drain(self, wait: bool) -> None:
         """Do what callers left; if told so, wait for some and look after the ranks meanwhile."""
@@ -246,6 +272,7 @@ class Engine:
         seq, text = completion.seq, completion.push(token)
         if completion.text.stopped:
             self._scheduler.finish(seq, "stop")
+            seq.finish_reason = "stop"  # also where this was the last token allowed
         if seq.finish_reason:
             del self._open[seq.arrival]
         return completion.delta(token, text, logprob)
@@ -270,7 +297,6 @@ class Engine:
         """Start the ranks, share out the memory, warm up."""
         start = time.monotonic()
         limit = self.config.load_timeout
-        self._group = RankGroup(self.config, self._worker, self._report)
         self._group.start()
         try:
             capacities = self._group.call("capacity", timeout=limit)
@@ -284,7 +310,7 @@ class Engine:
         self._scheduler = Scheduler(
             BlockPool(blocks, self.config.block_size), self.config.max_sequences, self.config.step_tokens
         )
-        self._down = ""
+        self._down, self._since = "", time.monotonic()
         self._report(
             f"ready in {time.monotonic() - start:.1f} s: {blocks} KV blocks of {self.config.block_size} tokens, "
             f"sequences up to {self.max_model_len} tokens"
@@ -297,8 +323,10 @@ class Engine:
         self._down = f"is restarting ({reason})"
         self._group.close()
         self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"))
+        self._failures = 0 if time.monotonic() - self._since > SETTLED else self._failures
         for attempt in range(self.config.max_restarts):
-            if self._closing.wait(min(30.0, self.config.restart_backoff * 2**attempt)):
+            self._failures += 1
+            if self._closing.wait(min(30.0, self.config.restart_backoff * 2 ** (self._failures - 1))):
                 return
             try:
                 return self._load()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from backend.generation.stream import Delta
 from backend.generation.tokenizer import Tokenizer
 
 SOURCES = ("text_input", "input_ids", "messages")
+ANSWER = ("stream", "exclude_input", *(f.name for f in fields(Options) if f.name.startswith("return_")))
+"""Options that concern a request's answers rather than one prompt."""
 Outputs = dict[str, NDArray[Any]]
 
 
@@ -50,6 +52,9 @@ class Request:
             raise InvalidInput(
                 f"the request asks for {total} sequences (prompts x n), the limit is {config.max_prompts}"
             )
+        for name in ANSWER:
+            if len({getattr(one, name) for one in options}) > 1:
+                raise InvalidInput(f"{name} must be the same for all prompts of a request")
         sources = [_source(row, engine.tokenizer, config) for row in rows]
         prompts = [_prompt(ids, one) for (ids, _), one in zip(sources, options, strict=True)]
         return cls(prompts, options[0], [text for _, text in sources], engine.tokenizer)
@@ -123,8 +128,16 @@ def _source(row: Mapping[str, Any], tokenizer: Tokenizer, config: EngineConfig) 
     text = decode_text(value, given[0], config.max_prompt_bytes)
     if given[0] == "text_input":
         return array("i", tokenizer.encode(text)), text
-    text = tokenizer.chat(_messages(text))
+    text = _whole(tokenizer.chat(_messages(text)))
     return array("i", tokenizer.encode(text, add_special_tokens=False)), text
+
+
+def _whole(text: str) -> str:
+    """Text that a JSON escape has not smuggled half a character or a NUL into."""
+    try:
+        return decode_text(text.encode(), "messages")
+    except UnicodeEncodeError:
+        raise InvalidInput("messages hold half of a surrogate pair") from None
 
 
 def _messages(text: str) -> Any:

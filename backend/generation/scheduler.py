@@ -13,6 +13,9 @@ from backend.generation.blocks import BlockPool
 from backend.generation.heap import Heap
 from backend.generation.sequence import Sequence
 
+HELD_BACK = 16
+"""Waiting sequences that are passed over in a step because a running one computes their prefix; looking costs time."""
+
 
 class Chunk(NamedTuple):
     """Tokens `start` to `start + length` of a sequence, to be computed in one step."""
@@ -157,8 +160,8 @@ class Scheduler:
     def _admit_waiting(self, budget: int) -> list[Chunk]:
         """Give waiting sequences their first chunks, in their order, until one finds no room."""
         chunks = []
-        held_back = []
-        while budget and self._free_slots and (seq := self._waiting.first()):
+        held_back: list[Sequence] = []
+        while budget and self._free_slots and len(held_back) < HELD_BACK and (seq := self._waiting.first()):
             if self.pool.awaits(seq):
                 held_back.append(seq)
                 self._waiting.discard(seq)

@@ -41,6 +41,7 @@ class Stream:
     """The deltas of one request's `sequences` sequences, in order."""
 
     def __init__(self, sequences: int, notify: Callable[[], None]) -> None:
+        self.sequences = sequences
         self._unfinished = sequences
         self._mail: deque[Delta | ServingError] = deque()
         self._notify = notify
@@ -64,12 +65,16 @@ class Stream:
         return self._unfinished == 0
 
     def take(self) -> list[Delta]:
-        """All news since the last call, one delta a sequence, by index; raises the error that ended the request."""
+        """All news since the last call, one delta a sequence, by index; then, alone, raises what ended the request."""
         news: dict[int, Delta] = {}
         while self._mail:
             mail = self._mail.popleft()
             if isinstance(mail, ServingError):
-                raise mail
+                if not news:
+                    raise mail
+                self._mail.appendleft(mail)
+                self._notify()  # the reader's next look
+                break
             if known := news.get(mail.index):
                 known.extend(mail)
             else:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -43,6 +44,7 @@ class RankGroup:
         self._report = report
         self._members: list[_Member] = []
         self._folder = ""
+        self._killed = False
 
     @property
     def pids(self) -> list[int]:
@@ -54,6 +56,8 @@ class RankGroup:
         try:
             for rank in range(self._config.tensor_parallel):
                 self._members.append(self._spawn(rank))
+                if self._killed:
+                    raise EngineDown("the ranks were ended while they started")
             self.receive(self._config.load_timeout)
         except BaseException:
             self.close()
@@ -71,6 +75,10 @@ class RankGroup:
         for member in self._members:
             try:
                 member.connection.send((method, arguments))
+            except BlockingIOError:
+                raise EngineDown(
+                    f"rank {member.rank} has taken no question for {self._config.step_timeout:g} s"
+                ) from None
             except OSError:
                 raise _died(member) from None
 
@@ -90,6 +98,10 @@ class RankGroup:
                     del waiting[connection]  # type: ignore[arg-type]
         return [answers[member.rank] for member in self._members]
 
+    def answering(self, seconds: float) -> bool:
+        """Whether a rank has something to say, or has ended, within `seconds`."""
+        return bool(wait([member.connection for member in self._members], seconds))
+
     def check(self) -> None:
         """Raise EngineDown if a rank has ended."""
         for member in self._members:
@@ -97,23 +109,29 @@ class RankGroup:
                 raise _died(member)
 
     def kill(self) -> None:
-        """End the ranks at once; any thread may call it, the owner's calls then fail with EngineDown."""
-        for member in self._members:
-            member.process.kill()
+        """End the ranks at once and for good; any thread may call it, the owner's calls then fail with EngineDown."""
+        self._killed = True
+        self._end()
 
     def close(self) -> None:
-        """End the ranks and wait until they are gone."""
-        self.kill()
+        """End the ranks and wait until they are gone; `start` may follow."""
+        self._end()
         for member in self._members:
             member.process.wait()
             member.connection.close()
         self._members = []
 
+    def _end(self) -> None:
+        for member in list(self._members):
+            member.process.kill()
+
     def _spawn(self, rank: int) -> _Member:
         ours, theirs = socket.socketpair()
+        seconds, part = divmod(self._config.step_timeout, 1)  # a rank that hangs does not read either
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(seconds), int(part * 1e6)))
         with theirs:
             process = subprocess.Popen(
-                [python(), "-m", "backend.ranks.rank", str(theirs.fileno())],
+                [python(), "-P", "-m", "backend.ranks.rank", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=environment(self._config, rank),

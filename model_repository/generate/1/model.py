@@ -19,11 +19,14 @@ class TritonPythonModel:
 
     async def serve(self, request):
         with replying(request) as reply:  # exactly one FINAL, errors included
-            asked = Request.parse(rows(request), parameters(request), self.engine)
+            asked = await asyncio.to_thread(Request.parse, rows(request), parameters(request), self.engine)
             async with aclosing(self.engine.stream(asked.prompts, reply.cancelled)) as news:
                 async for deltas in news:
                     if outputs := asked.answer(deltas):
                         reply.send(outputs)
+
+    def is_ready(self):  # asked by Triton 26.03 and later
+        return self.engine.healthy
 
     def finalize(self):
         self.engine.close()

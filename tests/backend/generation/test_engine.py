@@ -19,6 +19,7 @@ from backend.errors import Cancelled, DeadlineExceeded, EngineDown, InvalidInput
 from backend.generation.engine import Engine
 from backend.generation.prompt import Prompt
 from backend.generation.sequence import SamplingParams
+from backend.generation.stream import Delta, Stream
 
 FAKES = Path(__file__).parents[2] / "fakes"
 sys.path.insert(0, str(FAKES))
@@ -138,11 +139,11 @@ def test_one_past_the_queue_is_overloaded_and_the_queued_ones_finish(make):
     engine = make(max_sequences=1, max_waiting=2)
     slow = replace(PARAMS, max_tokens=30, stop_token_ids=frozenset())
     threads, results = [], []
-    for _ in range(3):
+    for _ in range(3):  # one runs, two wait
         threads.append(threading.Thread(target=lambda: results.append(complete(engine, prompt(SLOW, params=slow)))))
         threads[-1].start()
         time.sleep(0.05)
-    with pytest.raises(Overloaded, match="limit is 2"):
+    with pytest.raises(Overloaded, match="the limit is 3"):
         complete(engine, prompt(5))
     for thread in threads:
         thread.join()
@@ -304,6 +305,51 @@ def test_logprobs_come_only_where_asked_for(make):
         asked.logprobs[0]
     )
     assert plain.logprobs is None
+
+
+def test_a_stop_string_on_the_last_permitted_token_is_a_stop(make):
+    engine = make()
+    free = replace(PARAMS, max_tokens=40, stop_token_ids=frozenset())
+    text = "".join(d.text for deltas in engine.run([prompt(5, params=free)]) for d in deltas)
+    short = replace(free, max_tokens=3)
+    last = engine.tokenizer.decode(truth([5], 3, ()))[-1]
+    assert text.index(last) >= len(engine.tokenizer.decode(truth([5], 2, ())))
+    *_, end = (d for deltas in engine.run([prompt(5, params=replace(short, stop=(last,)))]) for d in deltas)
+    assert end.finish_reason == "stop"
+
+
+def test_admission_counts_sequences_not_requests(make):
+    engine = make(max_sequences=2, max_waiting=6)
+    slow = replace(PARAMS, max_tokens=200, stop_token_ids=frozenset())
+    with closing(engine.run([prompt(SLOW, params=slow, n=6)], timeout=30)) as first:
+        next(first)
+        with pytest.raises(Overloaded, match=r"6 sequences are running or waiting, the limit is 8"):
+            complete(engine, prompt(5, n=3))
+        assert complete(engine, prompt(5, n=2, priority=-1)) == [expected([5])] * 2
+    assert open_sequences(engine) == 0
+    assert complete(engine, prompt(5, n=8)) == [expected([5])] * 8
+
+
+def test_a_deadline_holds_while_a_rank_hangs_and_close_does_not_wait_for_it(make):
+    engine = make(step_timeout=60.0)
+    with pytest.raises(DeadlineExceeded):
+        complete(engine, prompt(HANG, timeout=0.3))
+    start = time.monotonic()
+    engine.close()
+    assert time.monotonic() - start < 10
+    with pytest.raises(EngineDown, match="unloaded"):
+        complete(engine, prompt(5))
+
+
+def test_what_came_before_a_failure_is_read_before_it(make):
+    stream = Stream(1, notify=(rung := []).append)
+    stream._notify = lambda: rung.append(1)
+    stream.put(Delta(0, "Hello", [7]))
+    stream.fail(EngineDown("gone"))
+    assert [delta.text for delta in stream.take()] == ["Hello"]
+    assert len(rung) == 2  # the second ring makes the reader look again
+    with pytest.raises(EngineDown, match="gone"):
+        stream.take()
 
 
 def test_priority_orders_admission(make):

@@ -105,6 +105,17 @@ def test_a_hung_rank_is_named_when_its_time_is_up(group, number):
         group.call("add", 1, 1, timeout=0.5)
 
 
+def test_a_hung_rank_that_takes_no_questions_is_named_too():
+    group = make(2, step_timeout=0.5)
+    group.start()
+    try:
+        os.kill(group.pids[1], signal.SIGSTOP)
+        with pytest.raises(EngineDown, match=r"rank 1 has taken no question for 0\.5 s"):
+            group.send("add", b"x" * 5_000_000, b"y")
+    finally:
+        group.close()
+
+
 def test_kill_from_another_thread_ends_a_call(group):
     threading.Timer(0.3, group.kill).start()
     with pytest.raises(EngineDown):

@@ -1,0 +1,25 @@
+"""Arrays on their way to a device that is busy with the step before; it does not know what they are for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device. It is complete when the device's current stream gets there; nothing waits for it."""
+    return staged(array, device).to(device, non_blocking=True)
+
+
+def staged(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy in host memory from where `device` can fetch it by itself: on CUDA pinned.
+
+    A copy from other memory may wait for all that the stream holds. torch keeps the pinned memory until the copies from
+    it that torch knows of are done.
+    """
+    host = torch.from_numpy(np.array(array, order="C"))
+    return host.pin_memory() if device.type == "cuda" else host
