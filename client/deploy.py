@@ -6,6 +6,7 @@ server's repository is.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -202,8 +203,11 @@ def _written(folder: Path, task: str, name: str, parameters: dict[str, str], rep
     """The model's directory; if the body fails, what was there before."""
     from backend import repository
 
+    there, kept = folder / name, folder / f".{name}.before"
     with _server_packages():
         before = repository.origin(folder, name)
+        if replace and before is None and there.exists():
+            there.rename(kept)  # somebody else's: it comes back if this fails
         repository.write(folder, task, name, parameters, replace)
     try:
         yield
@@ -213,7 +217,10 @@ def _written(folder: Path, task: str, name: str, parameters: dict[str, str], rep
                 repository.remove(folder, name)
             else:
                 repository.write(folder, before.task, name, before.parameters)
+            if kept.exists():
+                kept.rename(there)
         raise
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def _load(control: Control, name: str, end: float) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.config import EngineConfig
 from backend.errors import InvalidInput
 from backend.generation.engine import Engine
 from backend.generation.params import Defaults, Limits, Options, decode_text, parse
@@ -55,7 +54,10 @@ class Request:
         for name in ANSWER:
             if len({getattr(one, name) for one in options}) > 1:
                 raise InvalidInput(f"{name} must be the same for all prompts of a request")
-        sources = [_source(row, engine.tokenizer, config) for row in rows]
+        size = sum(len(row.get(name, b"")) for row in rows for name in SOURCES)
+        if size > config.max_prompt_bytes:
+            raise InvalidInput(f"the request's prompts have {size} bytes, the limit is {config.max_prompt_bytes}")
+        sources = [_source(row, engine.tokenizer) for row in rows]
         prompts = [_prompt(ids, one) for (ids, _), one in zip(sources, options, strict=True)]
         return cls(prompts, options[0], [text for _, text in sources], engine.tokenizer)
 
@@ -115,7 +117,7 @@ def _options(row: Mapping[str, Any], parameters: Mapping[str, Any], defaults: De
     return parse(parameters, row.get("sampling_parameters"), typed, defaults, limits)
 
 
-def _source(row: Mapping[str, Any], tokenizer: Tokenizer, config: EngineConfig) -> tuple[array[int], str]:
+def _source(row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[array[int], str]:
     """The prompt's token ids, and its text."""
     given = [name for name in SOURCES if name in row]
     if len(given) != 1:
@@ -125,7 +127,7 @@ def _source(row: Mapping[str, Any], tokenizer: Tokenizer, config: EngineConfig) 
         ids = array("i", value)
         known = [token for token in ids if 0 <= token < tokenizer.vocab_size]
         return ids, tokenizer.decode(known)
-    text = decode_text(value, given[0], config.max_prompt_bytes)
+    text = decode_text(value, given[0])
     if given[0] == "text_input":
         return array("i", tokenizer.encode(text)), text
     text = _whole(tokenizer.chat(_messages(text)))

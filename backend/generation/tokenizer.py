@@ -78,7 +78,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids, with the model's own opening tokens unless the text is a chat, whose template has written them."""
-        return list(self._rust.encode(text, add_special_tokens=add_special_tokens).ids)
+        # As a batch of one, which lets other threads run meanwhile; encode() does not.
+        return list(self._rust.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text = self.decode_raw(token_ids, skip_special_tokens)

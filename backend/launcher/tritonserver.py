@@ -84,7 +84,12 @@ def check_host(installation: Installation, ports: Ports, environment: Mapping[st
     release = environment.get("NVIDIA_TRITON_SERVER_VERSION", "")
     if installation.bundled:
         raise LoadError(f"--host {ports.host}: the PyPI tritonserver (24.10) has known security holes: loopback only")
-    if release and _release(release) < _release(SAFE_RELEASE):
+    if not release:
+        raise LoadError(
+            f"--host {ports.host}: NVIDIA_TRITON_SERVER_VERSION does not say which Triton this is; set it if that is"
+            f" {SAFE_RELEASE} or later"
+        )
+    if _release(release) < _release(SAFE_RELEASE):
         raise LoadError(
             f"--host {ports.host}: Triton {release} has known security holes; {SAFE_RELEASE} or later is safe"
         )

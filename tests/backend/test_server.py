@@ -28,6 +28,7 @@ FAKES = Path(__file__).resolve().parents[1] / "fakes"
 REPOSITORY = FAKES / "repository"
 ANY_PORT = ["--port=0", "--http-port=0", "--metrics-port=0"]
 LOCAL = Ports("127.0.0.1", 1, 2, 3)
+SAFE = {"NVIDIA_TRITON_SERVER_VERSION": "26.10"}
 ANYWHERE = Ports("0.0.0.0", 1, 2, 3)
 
 
@@ -213,7 +214,7 @@ def test_detach_reports_a_failure(fake):
 
 
 def test_bound_elsewhere_the_servers_own_apis_need_a_key(fake):
-    launcher = fake("ready", "--host=0.0.0.0", TRITONSPEED_ADMIN_KEY="secret")
+    launcher = fake("ready", "--host=0.0.0.0", TRITONSPEED_ADMIN_KEY="secret", **SAFE)
     launcher.until("ready after")
     given = fake.log.read_text()
     protected = "shared-memory,model-repository,model-config,trace,logging:admin-key=secret"
@@ -222,7 +223,7 @@ def test_bound_elsewhere_the_servers_own_apis_need_a_key(fake):
 
 
 def test_a_key_is_made_up_and_told(fake):
-    launcher = fake("ready", "--host=0.0.0.0")
+    launcher = fake("ready", "--host=0.0.0.0", **SAFE)
     key = launcher.until("admin-key:").split()[-1]
     launcher.until("ready after")
     assert len(key) > 16 and f"admin-key={key}" in fake.log.read_text()
@@ -260,6 +261,13 @@ def test_the_pypi_server_stays_on_loopback(tmp_path):
     tritonserver.check_host(bundled(tmp_path), LOCAL, {})
     with pytest.raises(LoadError, match="security holes: loopback only"):
         tritonserver.check_host(bundled(tmp_path), ANYWHERE, {})
+
+
+def test_an_unknown_release_stays_on_loopback():
+    installation = Installation(Path("/opt/tritonserver/bin/tritonserver"), None, None)
+    tritonserver.check_host(installation, LOCAL, {})
+    with pytest.raises(LoadError, match="does not say which Triton this is"):
+        tritonserver.check_host(installation, ANYWHERE, {})
 
 
 @pytest.mark.parametrize(("release", "allowed"), [("26.06", False), ("25.10", False), ("26.07", True), ("26.10", True)])
