@@ -119,6 +119,17 @@ def test_a_strangers_directory_stays(server, model):
     assert repository.origin(server.repository, "generate")
 
 
+def test_a_strangers_directory_survives_a_failed_replacement(server, model):
+    theirs = server.repository / "generate" / "1" / "weights.bin"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    server.load_failure = "version 1 is at UNAVAILABLE state: Internal: LoadError: no;"
+    with pytest.raises(InvalidInput, match="no"):
+        deploy(model, replace=True, **at(server))
+    assert theirs.read_text() == "theirs"
+    assert [folder.name for folder in server.repository.iterdir()] == ["generate"]
+
+
 def test_a_server_that_takes_no_deployments(server, model):
     local.announce(server.port, 1, server.repository, explicit=False)
     with pytest.raises(InvalidInput, match=r"scripts/serve --explicit"):
