@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Protocol
 
 import grpc
@@ -13,7 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from client.channel import Endpoint, connect_async
 from client.errors import Cancelled, Error
 from client.limits import Attempts, Limits
-from client.transport import TRUE_STATUS, Request, Response, stamp_timeout, translate, unwrap
+from client.transport import Request, Response, stamp_timeout, translate, unwrap
 
 
 class AsyncResponses(Protocol):
@@ -43,7 +44,7 @@ class AsyncGrpcTransport:
         self._channels: list[grpc.aio.Channel] = []
         self._turns = itertools.count()
         self.endpoint = endpoint
-        self.metadata = endpoint.metadata + TRUE_STATUS
+        self.metadata = endpoint.metadata
 
     def infer(self, request: Request, limits: Limits) -> AsyncGrpcResponses:
         """Send one request, at the address whose turn it is first."""
@@ -105,7 +106,10 @@ class AsyncGrpcResponses:
         messages = self._messages = self._messages or self._open()
         try:
             async with asyncio.timeout(self._attempts.wait_limit(first=not self._begun)):
-                return unwrap(await anext(messages), self._address)
+                message = await anext(messages)
+                if message.error_message:
+                    await _exhaust(messages)
+                return unwrap(message, self._address)
         except TimeoutError:
             raise self._attempts.too_idle(self._address) from None
         except asyncio.CancelledError:
@@ -121,3 +125,10 @@ class AsyncGrpcResponses:
         stub = self._transport.stub(self._attempts.address)
         self._call = stub.ModelStreamInfer(iter((self._request,)), timeout=left, metadata=self._transport.metadata)
         return aiter(self._call)
+
+
+async def _exhaust(messages: AsyncIterator[object]) -> None:
+    """As `client.transport.exhaust`."""
+    with suppress(grpc.RpcError):
+        async for _ in messages:
+            pass

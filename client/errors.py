@@ -80,6 +80,16 @@ _BY_NAME: dict[str, type[Error]] = {
 }
 """The backend's own class names, which open its messages."""
 
+_CODE_BY_NAME = {
+    "InvalidInput": "INVALID_ARGUMENT",
+    "Overloaded": "UNAVAILABLE",
+    "EngineDown": "UNAVAILABLE",
+    "DeadlineExceeded": "UNAVAILABLE",
+    "Cancelled": "CANCELLED",
+    "LoadError": "UNAVAILABLE",
+}
+"""Their statuses: a stream's messages come without one."""
+
 _BY_CODE: dict[str, type[Error]] = {
     "INVALID_ARGUMENT": InvalidInput,
     "NOT_FOUND": InvalidInput,
@@ -119,12 +129,18 @@ def failure(code: str, message: str, address: str = "") -> Error:
     The class that the backend names in the message wins over the status, since Triton has fewer statuses.
     """
     message = _NOISE.sub("", message).strip()
-    if code == "INTERNAL" and not _OPENING.search(message):
-        code = next((true for text, true in _TRITON if text.search(message)), code)
+    if code == "INTERNAL":
+        code = _true_code(message)
     kind, text = _classify(code, message)
     advice = "" if kind is InvalidInput and code not in _ADVICE_BY_CODE else _ADVICE_BY_CODE.get(code, kind.advice)
     where = f" [{address}]" if address else ""
     return kind((text or code) + where + (f"; {advice}" if advice else ""), code)
+
+
+def _true_code(message: str) -> str:
+    if opening := _OPENING.search(message):
+        return _CODE_BY_NAME.get(opening[1], "INTERNAL")
+    return next((true for text, true in _TRITON if text.search(message)), "INTERNAL")
 
 
 def _classify(code: str, message: str) -> tuple[type[Error], str]:

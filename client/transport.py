@@ -9,21 +9,19 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from client.channel import Endpoint, Metadata, connect
+from client.channel import Endpoint, connect
 from client.errors import Cancelled, DeadlineExceeded, Error, failure
 from client.limits import Attempts, Limits
 from client.watchdog import Watchdog
 
 Request: TypeAlias = service_pb2.ModelInferRequest
 Response: TypeAlias = service_pb2.ModelInferResponse
-
-TRUE_STATUS: Metadata = (("triton_grpc_error", "true"),)
-"""Asks Triton to end a failed stream with its gRPC status instead of a message inside an OK."""
 
 
 class Responses(Protocol):
@@ -56,7 +54,7 @@ class GrpcTransport:
         self._turns = itertools.count()
         self.endpoint = endpoint
         self.watchdog = Watchdog()
-        self.metadata = endpoint.metadata + TRUE_STATUS
+        self.metadata = endpoint.metadata  # never triton_grpc_error: errors that come at once then crash Triton 2.51
 
     def infer(self, request: Request, limits: Limits) -> GrpcResponses:
         """Send one request, at the address whose turn it is first."""
@@ -119,7 +117,10 @@ class GrpcResponses:
             call.cancel()
         try:
             with self._transport.watchdog.limit(self._attempts.wait_limit(first=not self._begun), self._expire):
-                return unwrap(next(call), self._address)
+                message = next(call)
+                if message.error_message:
+                    exhaust(call)
+                return unwrap(message, self._address)
         except grpc.RpcError as error:
             raise self._translate(error) from None
 
@@ -156,10 +157,17 @@ def stamp_timeout(request: Request, seconds: float | None) -> None:
 
 
 def unwrap(message: service_pb2.ModelStreamInferResponse, address: str) -> Response:
-    """The response inside; a server too old for TRUE_STATUS puts its error there."""
+    """The response inside. A failed request's error stands in its message, and the call's own status is OK."""
     if message.error_message:
         raise failure("INTERNAL", message.error_message, address)
     return message.infer_response
+
+
+def exhaust(call: Iterator[object]) -> None:
+    """Let the server end a call that has failed, rather than cancel it while it does."""
+    with suppress(grpc.RpcError):
+        for _ in call:
+            pass
 
 
 def translate(error: grpc.RpcError, attempts: Attempts, address: str) -> Error:

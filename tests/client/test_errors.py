@@ -86,7 +86,9 @@ def test_only_unavailable_is_retried_and_never_a_deadline():
     assert failure("UNAVAILABLE", "EngineDown: x").retryable
     assert failure("UNAVAILABLE", "Overloaded: x").retryable
     assert not failure("UNAVAILABLE", "DeadlineExceeded: x").retryable
-    assert not failure("INTERNAL", "EngineDown: x").retryable
+    assert failure("INTERNAL", "EngineDown: x").retryable  # a stream's message, which comes without its status
+    assert not failure("INTERNAL", "DeadlineExceeded: x").retryable
+    assert not failure("INTERNAL", "ServingError: x").retryable
     assert not errors.Unavailable("made here").retryable
 
 

@@ -41,7 +41,7 @@ def test_what_is_asked_by_default(server, pipe):
     asked = {name: value.item() for name, value in received.inputs.items()}
     assert asked == {"text_input": b"x", "stream": False, **DEFAULTS}
     assert all(value.shape == (1, 1) for value in received.inputs.values())
-    assert received.metadata["triton_grpc_error"] == "true"
+    assert "triton_grpc_error" not in received.metadata  # with it, errors that come at once crash Triton 2.51
 
 
 def test_the_time_limit_travels_in_microseconds(server, pipe):

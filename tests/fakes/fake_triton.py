@@ -114,7 +114,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         context.add_callback(received.gone.set)
         try:
             for rows in self.script(received):
-                if isinstance(rows, str):  # the way of a server that does not know triton_grpc_error
+                if isinstance(rows, str):  # as Triton tells of a failed request
                     yield service_pb2.ModelStreamInferResponse(error_message=rows)
                 else:
                     yield service_pb2.ModelStreamInferResponse(infer_response=encode(rows))
