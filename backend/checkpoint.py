@@ -5,14 +5,15 @@ It decides from files and counts alone, before any process is started; torch is 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from backend.config import EngineConfig
+from backend.devices import free_gpu_memory as _gpu_memory
+from backend.devices import free_host_memory as _host_memory
 from backend.errors import LoadError
+from backend.families import refusal
 from backend.model_folder import Checkpoint, resolve, root
 
 __all__ = ["SHARDABLE", "Checkpoint", "Fit", "check", "check_family", "free_memory", "resolve", "root", "share_heads"]
@@ -98,13 +99,13 @@ def check_family(checkpoint: Checkpoint, tensor_parallel: int) -> None:
     family = checkpoint.model_type
     _check(bool(family), f"{checkpoint.folder / 'config.json'} has no model_type")
     _check("quantization_config" not in checkpoint.config, f"{family}: quantised checkpoints are not supported")
-    _check(not checkpoint.config.get("is_encoder_decoder"), f"{family}: an encoder-decoder model, not a causal one")
     named = checkpoint.architectures
     _check(
         not named or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named),
         f"{family}: {', '.join(named)} is not a causal language model",
     )
-    _check(family not in _NO_INTERFACE, f"{family} cannot be served: {_NO_INTERFACE.get(family)}")
+    if reason := _NO_INTERFACE.get(family) or refusal(checkpoint.config):
+        raise LoadError(f"{family} cannot be served: {reason}")
     if tensor_parallel > 1 and family not in SHARDABLE:
         reason = _UNSHARDABLE.get(family, "it has not been shown that DeepSpeed shards it correctly")
         raise LoadError(f"{family} cannot be split over {tensor_parallel} ranks: {reason}; use tensor_parallel 1")
@@ -190,40 +191,6 @@ def _devices(config: EngineConfig) -> tuple[str, int]:
 def free_memory(device: str) -> list[int]:
     """Free bytes of each GPU, or of the host as a list of one."""
     return _gpu_memory() if device == "cuda" else [_host_memory()]
-
-
-def _gpu_memory() -> list[int]:
-    """Free bytes of each GPU that CUDA_VISIBLE_DEVICES shows, in its order."""
-    try:
-        import pynvml
-    except ImportError:
-        return []
-    try:
-        pynvml.nvmlInit()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = [str(i) for i in range(pynvml.nvmlDeviceGetCount())] if visible is None else visible.split(",")
-        return [int(pynvml.nvmlDeviceGetMemoryInfo(_gpu(name.strip())).free) for name in names if name.strip()]
-    except pynvml.NVMLError:
-        return []
-
-
-def _gpu(name: str) -> Any:
-    import pynvml
-
-    by_index = name.isdigit()
-    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
-
-
-def _host_memory() -> int:
-    """Bytes that may still be taken: the machine's, or the control group's where that is less."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return available if limit == "max" else min(available, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        return available
 
 
 def _kv_tokens(config: EngineConfig, device: str, free: int, kv_token: int) -> int:

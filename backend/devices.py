@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from backend.config import EngineConfig
 
 
-def gpu_memory() -> list[int]:
-    """Total bytes of each visible NVIDIA GPU; empty where there is none, or no driver."""
+def free_gpu_memory() -> list[int]:
+    """Free bytes of each GPU that CUDA_VISIBLE_DEVICES shows, in its order; empty where there is none, or no driver."""
     try:
         import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no package, no driver, or no device: all mean none
+    except ImportError:
         return []
+    free: list[int] = []
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        totals = [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return totals if visible is None else [totals[int(i)] for i in visible.split(",") if i.strip().isdigit()]
+        pynvml.nvmlInit()
+        every = range(pynvml.nvmlDeviceGetCount())
+        for name in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, every))).split(","):
+            free.append(int(pynvml.nvmlDeviceGetMemoryInfo(_gpu(name.strip())).free))
+    except pynvml.NVMLError:  # as for CUDA, a name that is no device ends the list
+        pass
+    return free
+
+
+def _gpu(name: str) -> Any:
+    """Its handle, by index or by UUID (as Kubernetes names devices)."""
+    import pynvml
+
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def free_host_memory() -> int:
+    """Bytes that may still be taken: the machine's, or the control group's where that is less."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return available if limit == "max" else min(available, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return available
 
 
 def resolved(config: EngineConfig) -> EngineConfig:
     """The configuration with what `auto` and 0 mean on this machine, where that needs no model."""
-    device = config.device if config.device != "auto" else "cuda" if gpu_memory() else "cpu"
+    device = config.device if config.device != "auto" else "cuda" if free_gpu_memory() else "cpu"
     cuda = device == "cuda"
     return replace(
         config,

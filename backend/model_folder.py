@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from backend.errors import LoadError
+from backend.families import original, rope_limit, rope_type, ropes
 
 MODEL_ROOT = "TRITONSPEED_MODEL_ROOT"
 """Environment variable: the folder that every model must lie in."""
@@ -138,27 +139,15 @@ class Checkpoint:
     def max_model_len(self) -> int:
         """Tokens that the model was made for; 0 if config.json does not say.
 
-        YaRN reaches `factor` times its original length. Dynamic NTK and LongRoPE choose frequencies by the longest text
-        of a batch, which would make an answer depend on its neighbours: they count up to the original length,
-        where the choice is the same for all. Other kinds state the scaled length already.
+        YaRN reaches `factor` times its original length. Other kinds of RoPE state the scaled length already; see
+        `families.rope_limit` for those that count less.
         """
         config = self.text_config
         length = next((int(config[name]) for name in _LENGTHS if config.get(name)), 0)
-        for rope in _ropes(config):
-            kind = rope.get("rope_type") or rope.get("type")
-            original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-            if kind == "yarn":
-                length = max(length, int((original or length) * float(rope.get("factor") or 1)))
-            elif kind in ("dynamic", "longrope", "su") and original:
-                length = min(length, int(original))
-        return length
-
-
-def _ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every RoPE description in a config: one, or one for each kind of layer."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    nested: list[Mapping[str, Any]] = [value for value in given.values() if isinstance(value, dict)]
-    return nested or [given]
+        for rope in ropes(config):
+            if rope_type(rope) == "yarn":
+                length = max(length, int((original(rope, config) or length) * float(rope.get("factor") or 1)))
+        return min(length, rope_limit(config) or length)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -24,6 +23,7 @@ from backend.compute.sampler import Sampler
 from backend.compute.tensor_parallel import connect
 from backend.compute.upload import upload
 from backend.config import DTYPES, EngineConfig
+from backend.devices import free_host_memory
 from backend.errors import LoadError
 from backend.generation.capacity import Capacity
 from backend.generation.plan import LAST_TOKEN, Ints, Plan, Sampled, Sampling
@@ -70,7 +70,7 @@ class Decoder:
             del self._cache
             free = torch.cuda.mem_get_info()[0]
         else:
-            free = psutil.virtual_memory().available // self._world
+            free = free_host_memory() // self._world
         blocks = int(free * config.kv_cache_fraction) // bytes_per_block(self._specs, size, self._dtype)
         return Capacity(blocks, longest, self._checkpoint.vocab_size)
 

@@ -15,6 +15,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from backend.checkpoint import Checkpoint, check_family, resolve, root, share_heads
 from backend.compute import fused
+from backend.compute.attention.families import freeze_rope, unsupported
 from backend.compute.attention.paged import NAME, register
 from backend.compute.sharding import check_shards, shard, spans
 from backend.compute.tensor_parallel import VocabParallelHead
@@ -67,24 +68,20 @@ def _empty(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> PreTra
         register()
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        if attention == NAME and (reason := unsupported(config)):
+            raise LoadError(f"{checkpoint.model_type} cannot be served: {reason}")
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (ValueError, ImportError, OSError, KeyError, TypeError) as error:
         raise LoadError(f"{checkpoint.model_type} cannot be built: {_line(error)}") from None
-    _check_servable(model)
+    if model._is_stateful:
+        raise LoadError(f"{checkpoint.model_type} cannot be served: it has recurrent layers")
+    freeze_rope(model)
     for parameter in model.parameters():
         parameter.requires_grad = False
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _check_servable(model: PreTrainedModel) -> None:
-    """Refuse what a paged cache of keys and values cannot hold."""
-    family = model.config.model_type
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or model._is_stateful:
-        raise LoadError(f"{family}: layers of kind {', '.join(sorted(kinds)) or 'recurrent'} are not supported")
 
 
 def _line(error: Exception) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from backend.compute.upload import upload
 from backend.generation.plan import History, Longs, Sampling
 
 BROKEN = -1
 """The id answered for a row whose logits hold NaN or +inf, or in which nothing is left to choose."""
 
-_SMALL = 1 << 16
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -112,8 +113,8 @@ class Sampler:
     def _slots(self, slots: NDArray[np.int32] | Tensor) -> Tensor:
         return slots.to(self.device) if isinstance(slots, Tensor) else self._upload(slots.astype(np.int64))
 
-    def _upload(self, array: NDArray[np.generic]) -> Tensor:
-        return _upload(array, self.device)
+    def _upload(self, array: NDArray[Any]) -> Tensor:
+        return upload(array, self.device)
 
 
 def row_keys(seeds: Longs, counters: Longs) -> NDArray[np.int32]:
@@ -197,14 +198,6 @@ def _logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     return logits.gather(1, token_ids[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
-def _upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """To the device without waiting for it: CUDA takes small arrays at once, larger ones only from pinned memory."""
-    tensor = torch.from_numpy(array.copy(order="C"))
-    if device.type == "cuda" and tensor.nbytes > _SMALL:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 class _Counts:
     """How often each token occurs in each slot's sequence; nothing is allocated before the first penalised one."""
 
@@ -221,9 +214,9 @@ class _Counts:
         """Count the tokens of the sequence that has just been given a slot."""
         prompt, completion = self._tensors()
         prompt[history.slot] = False
-        prompt[history.slot].index_fill_(0, _upload(history.prompt.astype(np.int64), self._device), True)
+        prompt[history.slot].index_fill_(0, upload(history.prompt.astype(np.int64), self._device), True)
         completion[history.slot] = 0
-        known = _upload(history.completion.astype(np.int64), self._device)
+        known = upload(history.completion.astype(np.int64), self._device)
         completion[history.slot].index_add_(0, known, torch.ones_like(known, dtype=torch.int32))
 
     def of(self, slots: Tensor) -> tuple[Tensor, Tensor]:

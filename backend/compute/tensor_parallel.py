@@ -5,6 +5,7 @@ Source of the column and row split that DeepSpeed applies: Shoeybi et al. 2019, 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from backend.errors import LoadError
 
@@ -66,9 +68,27 @@ def _adopt(rank: int, world: int, device: torch.device, folder: Path) -> None:
     with _environment(LOCAL_SIZE=str(world), MASTER_ADDR=name, MASTER_PORT="0", RANK=str(rank), WORLD_SIZE=str(world)):
         import deepspeed
 
+        if device.type == "cpu":
+            _build_all_reduce()
         deepspeed.init_distributed(verbose=False)
     dist.barrier()  # from here on every rank has mapped every buffer, so the names can go
     (_SHARED_MEMORY / f"deepspeed_allreduce_buffer_{os.getuid()}_{name}_0_{rank}").unlink(missing_ok=True)
+
+
+def _build_all_reduce() -> None:
+    """Compile DeepSpeed's operator, or find it compiled, one process at a time.
+
+    torch's own lock around that is a file, which a killed process leaves behind: every later start would wait for ever.
+    Ours ends with the process that holds it, and whoever has it may take torch's away.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(_get_build_directory(builder.name, False))
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def _check_room(world: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backend.compute.attention.base import Attend, Rule, kernel
 from backend.compute.cache import KVCache
+from backend.compute.upload import staged, upload
 from backend.generation.plan import Ints, Longs, Plan
 
 Made = TypeVar("Made")
@@ -57,21 +58,19 @@ class Step:
         arrays[0][:count] = plan.kv_slots
         arrays[2][:count] = plan.kv_lengths
         arrays[3][:count, :blocks] = plan.block_tables
-        self.kv_slots.copy_(torch.from_numpy(arrays[0]), non_blocking=True)
-        self.kv_lengths.copy_(torch.from_numpy(arrays[2]), non_blocking=True)
-        self.block_tables.copy_(torch.from_numpy(arrays[3]), non_blocking=True)
+        device = self.cache.device
+        self.kv_slots.copy_(staged(arrays[0], device), non_blocking=True)
+        self.kv_lengths.copy_(staged(arrays[2], device), non_blocking=True)
+        self.block_tables.copy_(staged(arrays[3], device), non_blocking=True)
 
     @classmethod
     def _of(cls, cache: KVCache, device: torch.device, slots: Longs, starts: Ints, lengths: Ints, tables: Ints) -> Step:
-        def on_device(array: Ints | Longs) -> Tensor:
-            return torch.tensor(array).to(device, non_blocking=True)
-
         return cls(
             cache=cache,
-            kv_slots=on_device(slots),
-            query_starts=on_device(starts),
-            kv_lengths=on_device(lengths),
-            block_tables=on_device(tables),
+            kv_slots=upload(slots, device),
+            query_starts=upload(starts, device),
+            kv_lengths=upload(lengths, device),
+            block_tables=upload(tables, device),
             decode=len(slots) == len(lengths),
             host_starts=starts,
             host_lengths=lengths,
