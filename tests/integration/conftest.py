@@ -1,5 +1,7 @@
 """One server for the whole folder: SmolLM2 in float32, tiny models, and models that cannot load."""
 
+import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "fakes")]
 
-from serving import Served
-from tiny import save_llama
+import families  # noqa: E402
+from serving import Served  # noqa: E402
+from tiny import save_llama  # noqa: E402
 
-from backend import repository
+from backend import repository  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +30,27 @@ def models(tmp_path_factory, smollm2, tiny):
     repository.write(folder, "generate", "smollm2", {"model": str(smollm2), "dtype": "float32", "max_sequences": "32"})
     repository.write(folder, "generate", "tiny", {"model": str(tiny), "max_sequences": "64", "max_model_len": "512"})
     repository.write(folder, "generate", "single", {"model": str(tiny), "max_sequences": "1", "max_waiting": "2"})
+    _write_broken(folder, smollm2, tmp_path_factory.mktemp("broken"))
     return folder
+
+
+def _write_broken(folder, smollm2, place):
+    """Models that cannot load, by what is wrong with them: `misspelt`, `missing`, `pickled`, `phi3`, `heads`."""
+    (pickled := place / "pickled").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(smollm2 / name, pickled)
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": 0}))
+    wrong = {
+        "misspelt": {"model": str(smollm2)},
+        "missing": {"model": str(place / "nothing")},
+        "pickled": {"model": str(pickled)},
+        "phi3": {"model": str(families.write("phi3", place / "phi3")), "tensor_parallel": "2"},
+        "heads": {"model": str(smollm2), "tensor_parallel": "4"},
+    }
+    for name, parameters in wrong.items():
+        repository.write(folder, "generate", name, parameters)
+    config = folder / "misspelt" / "config.pbtxt"  # which the writer would have refused
+    config.write_text(config.read_text() + 'parameters { key: "max_sequencs" value { string_value: "3" } }')
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +60,6 @@ def served(tmp_path_factory, models):
     try:
         yield server.wait()
     finally:
-        status = server.stop()
-    assert status == 0, server.said
+        early, status = server.process.poll(), server.stop()
+    assert (early, status) == (None, 0), server.said
     assert server.left() == []

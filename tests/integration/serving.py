@@ -13,19 +13,17 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from pathlib import Path
 
 import grpc
 import numpy as np
 import psutil
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
 from client import async_pipeline, pipeline
-from client.control import Control
 from client.channel import Endpoint
+from client.control import Control
 from client.tensors import decode, encode
 
-TRUE_STATUS = (("triton_grpc_error", "true"),)
 TYPES = {"max_tokens": "i4", "min_tokens": "i4", "n": "i4", "top_k": "i4", "input_ids": "i4", "stop_token_ids": "i4",
          "temperature": "f4", "top_p": "f4", "min_p": "f4", "repetition_penalty": "f4", "frequency_penalty": "f4",
          "presence_penalty": "f4", "seed": "u8", "random_seed": "u8", "min_length": "i4"}  # fmt: skip
@@ -36,8 +34,9 @@ DRAIN, LIMIT = 5, 40
 class Served:
     """A launcher in a process of its own; everything that descends from it carries `mark` in its environment."""
 
-    def __init__(self, folder, repository, *arguments):
+    def __init__(self, folder, repository, *arguments, run=None):
         self.mark, self.folder, self.repository = uuid.uuid4().hex, folder, repository
+        self.run = run or folder / "run"
         self.before = set(os.listdir("/dev/shm"))
         (folder / "tmp").mkdir(parents=True)
         self.process = subprocess.Popen(
@@ -50,15 +49,12 @@ class Served:
         self.said, self.ready = "", threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
 
-    @property
-    def run(self):
-        return self.folder / "run"
-
     def wait(self, timeout=120):
         """Until it serves."""
         end = time.monotonic() + timeout
         while not self.ready.wait(0.1):
-            assert self.process.poll() is None and time.monotonic() < end, f"the server did not start:\n{self.said}"
+            lives = self.process.poll() is None and time.monotonic() < end
+            assert lives, f"the server did not start:\n{self.said}\n{[p.cmdline()[:3] for p in self.processes()]}"
         found = re.search(r":(\d+) \(gRPC\), (\d+) \(HTTP\), (\d+) \(metrics\)", self.said)
         self.ports = [int(port) for port in found.groups()]
         self.port, self.http, self.metrics = self.ports
@@ -82,17 +78,21 @@ class Served:
         found = [f"process {process}" for process in gone(self.processes())]
         found += [f"port {port}" for port in getattr(self, "ports", ()) if not _free(port)]
         ours = (f"tritonspeed_{self.process.pid}_", "deepspeed_allreduce_buffer_", "triton_python_backend")
-        found += [f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(ours) and name not in self.before]
-        return found + [str(path) for place in (self.run, self.folder / "tmp") for path in place.iterdir()]
+        files = set(os.listdir("/dev/shm")) - self.before
+        found += [f"/dev/shm/{name}" for name in files if name.startswith(ours)]
+        found += [str(path) for path in (self.folder / "tmp").iterdir()]
+        return found + [str(path) for path in self.run.glob(f"server-{self.process.pid}*")]
 
     def processes(self, word=""):
-        """Everything that it started and that lives, narrowed to command lines with `word`."""
-        return [p for p in psutil.process_iter() if _belongs(p, self.mark) and (not word or word in " ".join(p.cmdline()))]
+        """Everything of it that lives, narrowed to command lines with `word`."""
+        return [p for p in psutil.process_iter() if _belongs(p, self.mark, word)]
 
     def family(self, model):
-        """A model's stub and its ranks."""
-        (stub,) = [p for p in self.processes("triton_python_backend_stub") if f"/{model}/" in " ".join(p.cmdline())]
-        return stub, [p for p in stub.children() if "backend.ranks.rank" in " ".join(p.cmdline())]
+        """A model's stub and its ranks; None while there are several of it, as in a reload."""
+        stubs = [p for p in self.processes("triton_python_backend_stub") if f"/{model}/" in " ".join(p.cmdline())]
+        if len(stubs) != 1:
+            return None
+        return stubs[0], [p for p in stubs[0].children() if "backend.ranks.rank" in " ".join(p.cmdline())]
 
     # ---- asking
 
@@ -105,9 +105,9 @@ class Served:
     def control(self):
         return Control(Endpoint.of("127.0.0.1", self.port))
 
-    def ask(self, *requests, status=False, timeout=60):
+    def ask(self, *requests, timeout=60):
         """A gRPC stream's call: iterating it gives Triton's messages."""
-        return self.stub.ModelStreamInfer(iter(requests), timeout=timeout, metadata=TRUE_STATUS if status else ())
+        return self.stub.ModelStreamInfer(iter(requests), timeout=timeout)
 
     def post(self, path, body, timeout=60):
         """Status and text of the HTTP answer; `body` is JSON to be, or bytes."""
@@ -127,21 +127,22 @@ class Served:
                     self.ready.set()
 
 
-def request(model, text=None, parameters=None, id="", **tensors):
-    """A request that asks for the empty final response; scalars become [1, 1], lists [1, k], arrays stay."""
+def request(model, text=None, parameters=None, name="", **tensors):
+    """One that asks for the empty final response, with `name` as id; scalars become [1, 1], lists [1, k]."""
     given = tensors if text is None else {"text_input": text, **tensors}
     made = encode(model, {name: _tensor(name, value) for name, value in given.items()})
-    made.id = id
+    made.id = name
     fields = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
-    for name, value in {"triton_enable_empty_final_response": True, **(parameters or {})}.items():
-        setattr(made.parameters[name], fields[type(value)], value)
+    for key, value in {"triton_enable_empty_final_response": True, **(parameters or {})}.items():
+        setattr(made.parameters[key], fields[type(value)], value)
     return made
 
 
 def _tensor(name, value):
     if isinstance(value, np.ndarray):
         return value
-    values = [each.encode() if isinstance(each, str) else each for each in (value if isinstance(value, list) else [value])]
+    given = value if isinstance(value, list) else [value]
+    values = [each.encode() if isinstance(each, str) else each for each in given]
     return np.array([values], TYPES.get(name, "?" if isinstance(values[0], bool) else object))
 
 
@@ -158,7 +159,14 @@ def answers(call):
 def finals(messages):
     """How often each request's id was ended."""
     ends = [m.infer_response.id for m in messages if m.infer_response.parameters["triton_final_response"].bool_param]
-    return {id: ends.count(id) for id in ends}
+    return {name: ends.count(name) for name in ends}
+
+
+def failure(call):
+    """The only message of a call that must fail; it also ends the request."""
+    (message,) = call
+    assert message.error_message and finals([message]) == {message.infer_response.id: 1}
+    return message.error_message
 
 
 def events(text):
@@ -180,9 +188,10 @@ def eventually(holds, seconds=30):
     return found
 
 
-def _belongs(process, mark):
+def _belongs(process, mark, word):
     try:
-        return process.environ().get("SERVED") == mark and process.status() != psutil.STATUS_ZOMBIE
+        ours = process.environ().get("SERVED") == mark and process.status() != psutil.STATUS_ZOMBIE
+        return ours and word in " ".join(process.cmdline())
     except (psutil.Error, OSError):
         return False
 

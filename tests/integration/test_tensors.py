@@ -84,7 +84,8 @@ def test_several_prompts_streamed(served):
 def test_samples(served):
     """n samples of each prompt, numbered prompt x n + sample; the first is what n = 1 gives."""
     two = np.array([[b"the"], [b"quick"]], object)
-    given = {"max_tokens": rows(6, 2), "seed": np.array([[1], [2]], np.uint64), "exclude_input_in_output": rows(True, 2)}
+    seeds = np.array([[1], [2]], np.uint64)
+    given = {"max_tokens": rows(6, 2), "seed": seeds, "exclude_input_in_output": rows(True, 2)}
     answer = one(served, text_input=two, n=rows(3, 2), **given)
     texts = answer["text_output"].reshape(2, 3)
     assert answer["index"].reshape(-1).tolist() == [*range(6)]
@@ -133,16 +134,16 @@ def test_other_names_of_inputs(served):
 
 def test_a_seed_fixes_the_text_whatever_runs_beside_it(served):
     alone = one(served, "the", max_tokens=12, seed=2**64 - 1)["text_output"].item()
-    others = [request("tiny", "fox", id=str(i), max_tokens=12) for i in range(12)]
-    found = answers(served.ask(*others, request("tiny", "the", id="mine", max_tokens=12, seed=2**64 - 1)))
+    others = [request("tiny", "fox", name=str(i), max_tokens=12) for i in range(12)]
+    found = answers(served.ask(*others, request("tiny", "the", name="mine", max_tokens=12, seed=2**64 - 1)))
     assert [a["text_output"].item() for a in found if a["id"] == "mine"] == [alone]
 
 
 def test_one_final_each_on_a_shared_stream(served):
     """Good, bad, streamed and late requests on one stream: each ends once, errors included."""
-    good = [request("tiny", "the", id=f"good {i}", max_tokens=4, stream=bool(i % 2)) for i in range(6)]
-    bad = [request("tiny", "the", id=f"bad {i}", max_tokens=-i) for i in range(4)]
-    late = [request("tiny", "the", {"timeout": 1}, id=f"late {i}", max_tokens=400, stream=bool(i % 2)) for i in range(2)]
+    good = [request("tiny", "the", name=f"good {i}", max_tokens=4, stream=bool(i % 2)) for i in range(6)]
+    bad = [request("tiny", "the", name=f"bad {i}", max_tokens=-i) for i in range(4)]
+    late = [request("tiny", "the", {"timeout": 1}, name=f"late {i}", max_tokens=400, stream=i > 0) for i in range(2)]
     asked = [*good, *bad, *late]
     messages = list(served.ask(*asked))
     assert finals(messages) == {each.id: 1 for each in asked}

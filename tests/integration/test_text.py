@@ -27,7 +27,8 @@ def pipe(served):
 @pytest.fixture(scope="module")
 def whole(pipe):
     """Text by prompt, greedy and seeded, as the blocking client gets it at once."""
-    return {name: [one.text for one in pipe(PROMPTS, **how)] for name, how in {"greedy": GREEDY, "seeded": SEEDED}.items()}
+    kinds = {"greedy": GREEDY, "seeded": SEEDED}
+    return {kind: [one.text for one in pipe(PROMPTS, **how)] for kind, how in kinds.items()}
 
 
 def test_known_answers(pipe, whole):
@@ -107,7 +108,7 @@ def test_curl_without_stream_on_generate_stream(served, whole):
         {"max_length": 5 + 12, "do_sample": False, "exclude_input_in_output": True},
         {"parameters": {"max_tokens": 12, "temperature": 0}, "exclude_input_in_output": True},
         {"sampling_parameters": '{"max_tokens": "12", "temperature": "0.0", "top_p": "1"}', "return_full_text": False},
-        {"sampling_parameters": '{"max_tokens": 12}', "max_new_tokens": 5, "temperature": 0.0, "return_full_text": False},
+        {"sampling_parameters": '{"max_tokens": 12, "temperature": 0}', "max_new_tokens": 5, "return_full_text": False},
     ],
 )
 def test_other_names_over_http(served, whole, names):
