@@ -1,4 +1,4 @@
-"""generate's tensors and errors, as config.pbtxt, backend, client and docs/contracts.md each state them, are the same."""
+"""generate's tensors and errors are the same in config.pbtxt, backend, client and docs/contracts.md."""
 
 import ast
 import re
@@ -90,7 +90,7 @@ def test_lists_of_the_adapter(config):
 
 
 def test_every_key_of_the_document_is_read():
-    """Names in the paragraph on request parameters: keys of JSON without a tensor, MII's names, and what comes later."""
+    """Those of the paragraph on request parameters: keys without a tensor, MII's names, and what comes later."""
     text = DOCUMENT[DOCUMENT.index("Request parameters (") : DOCUMENT.index("| output |")]
     named = {name for name in re.findall(r"`([a-z_]+)`", text) if name != "sampling_parameters"}
     without_tensor = {name for name in NAMED if not any(name in p.inputs for p in PARAMETERS)}
@@ -120,15 +120,8 @@ def test_all_that_the_server_takes_the_client_has():
 
 def test_what_the_client_sends(config):
     """Types and shapes as encoded, for every key at once and every kind of prompt."""
-    values = {
-        "int32": 1,
-        "uint64": 1,
-        "fp32": 0.5,
-        "bool": True,
-        "string": "s",
-        "strings": ["a", "b"],
-        "int32s": [1, 2],
-    }
+    numbers = {"int32": 1, "uint64": 1, "fp32": 0.5, "bool": True, "int32s": [1, 2]}
+    values = numbers | {"string": "s", "strings": ["a", "b"]}
     options = encode_options({name: values[key.kind] for name, key in KEYS.items()})
     for prompt in ("text", [1, 2, 3], [{"role": "user", "content": "x"}]):
         for tensor in encode("m", one(prompt, {}, stream=True) | options).inputs:
@@ -173,10 +166,8 @@ def test_outputs_that_the_client_reads(outputs):
     read = types.SimpleNamespace(outputs=response.inputs, raw_output_contents=response.raw_input_contents)
     first, second = rows(decode(read))
     assert first == Generated("é", "stop", 2, 2, -1.5, first.logprobs, 0) and second.index == 1
-    assert [(entry["token_id"], entry["token"], entry["logprob"]) for entry in first.logprobs] == [
-        (5, "é", -0.5),
-        (6, "é", -1),
-    ]
+    names = ("token_id", "token", "logprob")
+    assert first.logprobs == [dict(zip(names, entry, strict=True)) for entry in ((5, "é", -0.5), (6, "é", -1.0))]
     assert set(Generated.__dataclass_fields__) == {"text", *outputs} - {"text_output"}
     assert {*ClientDelta.__slots__} == {*outputs} - {"text_output"}
 
@@ -205,14 +196,19 @@ def test_the_drawing_of_the_backends_errors():
     assert dict(drawn) == {name: kind.code for name, kind in BACKEND.items()}
 
 
+class TritonError:
+    """As much of Triton's as is used: its codes, and what it is made of."""
+
+    INTERNAL, INVALID_ARG, UNAVAILABLE, CANCELLED = "INTERNAL", "INVALID_ARG", "UNAVAILABLE", "CANCELLED"
+
+    def __init__(self, *given):
+        self.given = given
+
+
 def test_codes_become_tritons(monkeypatch):
     """`failure` finds each code among Triton's own."""
-    codes = dict.fromkeys(("INTERNAL", "INVALID_ARG", "UNAVAILABLE", "CANCELLED", "UNKNOWN", "NOT_FOUND"))
     fake = types.ModuleType("triton_python_backend_utils")
-    fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
-    fake.TritonError = type(
-        "TritonError", (), {c: c for c in codes} | {"__init__": lambda s, *given: setattr(s, "given", given)}
-    )
+    fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL, fake.TritonError = 1, TritonError
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
     monkeypatch.delitem(sys.modules, "backend.triton", raising=False)
     from backend import triton
