@@ -55,8 +55,11 @@ def rope_type(rope: Config) -> str:
 
 
 def original(rope: Config, config: Config) -> Any:
-    """Tokens that the model was trained with before this rotary embedding was stretched; None where nothing says so."""
-    return rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    """Tokens that the model was trained with before this rotary embedding was stretched; None where nothing says so.
+
+    Stated outside the rotary embedding (Phi-3) it goes first, as in transformers.
+    """
+    return config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
 
 
 def varies(kind: str) -> bool:
