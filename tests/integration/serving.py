@@ -54,7 +54,7 @@ class Served:
         end = time.monotonic() + timeout
         while not self.ready.wait(0.1):
             lives = self.process.poll() is None and time.monotonic() < end
-            assert lives, f"the server did not start:\n{self.said}\n{[p.cmdline()[:3] for p in self.processes()]}"
+            assert lives, f"the server did not start:\n{self.said}\n{self._state()}"
         found = re.search(r":(\d+) \(gRPC\), (\d+) \(HTTP\), (\d+) \(metrics\)", self.said)
         self.ports = [int(port) for port in found.groups()]
         self.port, self.http, self.metrics = self.ports
@@ -118,6 +118,11 @@ class Served:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
+
+    def _state(self):
+        """For the message of a server that does not come up."""
+        logs = [log.read_text()[-3000:] for log in self.run.glob("*.log")]
+        return "\n".join([*logs, *(f"{p.pid} {p.status()} {' '.join(p.cmdline())[:150]}" for p in self.processes())])
 
     def _read(self):
         with self.process.stderr as lines:

@@ -65,7 +65,7 @@ def test_a_rank_killed_in_mid_stream(served, restarted):
     status, text = served.post("single/generate", {"text_input": "the"})
     assert status >= 400 and "EngineDown: " in text
     with served.pipeline("tiny") as pipe:
-        assert pipe("the", max_tokens=2).text  # the other models have noticed nothing
+        assert pipe("the", max_tokens=1).num_output_tokens == 1  # the other models have noticed nothing
     assert restarted("single") == before
     assert served.family("single")[1] != [rank]
 

@@ -33,7 +33,7 @@ def test_there_are_files_for_both_ways():
 @pytest.mark.parametrize("name", FILES)
 def test_perf_analyzer(served, tmp_path, name, concurrency):
     data, report = ROOT / "perf" / name, tmp_path / "report.csv"
-    load = ["--concurrency-range", str(concurrency), "--measurement-request-count", str(max(4, concurrency))]
+    load = ["--concurrency-range", str(concurrency), "--measurement-request-count", str(max(2, concurrency))]
     done = perf(served, "--input-data", data, "-f", report, *load)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in (done.stdout + done.stderr).lower()
