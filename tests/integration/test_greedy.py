@@ -34,6 +34,7 @@ from backend.generation.request import Request
 
 ROOT = Path(__file__).parents[2]
 NEW, FEW, TIE, MOST_TIES = 16, 8, 1e-3, 2
+"""New tokens of each prompt; of those asked one after the other; a near tie's logits; prompts that may have one."""
 LENGTHS = (1500, 900, 512, 340, 200, 129, 128, 127, 96, 65, 64, 63, 50, 40, 34, 33, 32, 31, 24, 20, 18, 17, 16, 15)
 """Tokens of the prompts cut from a long text; many at the borders of blocks."""
 
@@ -294,10 +295,10 @@ def test_the_reference_has_few_near_ties_and_prompts_of_every_length(greedy: lis
 
 
 def test_one_after_the_other(plain: Engine, greedy: list[Want]) -> None:
-    found = alone(plain, rows())
-    assert_equal(found, greedy)
+    found = alone(plain, [{**row, "max_tokens": FEW} for row in rows()])
+    assert_equal(found, [first(want, FEW) for want in greedy])
     assert all(got.responses == 1 for got in found[::2])
-    assert sum(got.responses for got in found[1::2]) > 5 * len(found[1::2])
+    assert sum(got.responses for got in found[1::2]) > FEW // 2 * len(found[1::2])
 
 
 def test_all_at_once_with_the_prefixes_of_the_pass_before(plain: Engine, greedy: list[Want]) -> None:
@@ -334,7 +335,7 @@ def test_without_prefix_cache_and_run_ahead(smollm2: Path, greedy: list[Want]) -
 
 def test_sampled_text_is_that_of_its_seed_whatever_shares_the_batch(plain: Engine, drawn: list[str]) -> None:
     assert len(set(drawn)) == len(drawn)
-    assert [got.text for got in alone(plain, sampled_rows())] == drawn
+    assert [got.text for got in alone(plain, sampled_rows()[::2])] == drawn[::2]
     crowd = together(plain, [*sampled_rows(), *rows()[8:]])
     assert [got.text for got in crowd[: len(drawn)]] == drawn
 
