@@ -38,7 +38,9 @@ def make(world, lines=None, **parameters):
 
 
 def children():
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    """The rank processes below this one; other tests' helpers (multiprocessing's resource tracker) may live on."""
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if p.status() != psutil.STATUS_ZOMBIE and "backend.ranks.rank" in p.cmdline()]
 
 
 def test_every_rank_answers_in_rank_order(group):
