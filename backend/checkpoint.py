@@ -10,13 +10,25 @@ from math import ceil
 from typing import Any
 
 from backend.config import EngineConfig
+from backend.devices import KV_CACHE_FRACTION
 from backend.devices import free_gpu_memory as _gpu_memory
 from backend.devices import free_host_memory as _host_memory
 from backend.errors import LoadError
 from backend.families import refusal
 from backend.model_folder import Checkpoint, resolve, root
 
-__all__ = ["SHARDABLE", "Checkpoint", "Fit", "check", "check_family", "free_memory", "resolve", "root", "share_heads"]
+__all__ = [
+    "SHARDABLE",
+    "Checkpoint",
+    "Fit",
+    "check",
+    "check_family",
+    "dtype_name",
+    "free_memory",
+    "resolve",
+    "root",
+    "share_heads",
+]
 
 SHARDABLE = frozenset(
     """
@@ -84,7 +96,7 @@ def check(config: EngineConfig) -> Fit:
     geometry = _Geometry.of(checkpoint)
     heads = share_heads(checkpoint, config.tensor_parallel)
     device, free = _devices(config)
-    dtype = _dtype(config, checkpoint, device)
+    dtype = dtype_name(config, checkpoint, device)
     weights = _weight_bytes(checkpoint, heads, _ITEMSIZE[dtype])
     kv_token = 2 * geometry.layers * heads[0] * geometry.head_dim * _ITEMSIZE[dtype]
     kv_tokens = _kv_tokens(config, device, free - weights - _OVERHEAD[device], kv_token)
@@ -170,7 +182,8 @@ def _weight_bytes(checkpoint: Checkpoint, heads: tuple[int, ...], itemsize: int)
     return ceil(total)
 
 
-def _dtype(config: EngineConfig, checkpoint: Checkpoint, device: str) -> str:
+def dtype_name(config: EngineConfig, checkpoint: Checkpoint, device: str) -> str:
+    """The configured type; auto is the checkpoint's on CUDA and float32 on CPU."""
     if config.dtype != "auto":
         return config.dtype
     return checkpoint.dtype if device == "cuda" else "float32"
@@ -196,7 +209,7 @@ def free_memory(device: str) -> list[int]:
 def _kv_tokens(config: EngineConfig, device: str, free: int, kv_token: int) -> int:
     if config.num_blocks:
         return config.num_blocks * config.block_size
-    share = config.kv_cache_fraction or (0.9 if device == "cuda" else 0.1)
+    share = config.kv_cache_fraction or KV_CACHE_FRACTION[device]
     return max(0, int(free * share / kv_token)) // config.block_size * config.block_size
 
 

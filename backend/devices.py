@@ -9,6 +9,9 @@ from typing import Any
 
 from backend.config import EngineConfig
 
+KV_CACHE_FRACTION = {"cuda": 0.9, "cpu": 0.1}
+"""Share of the free memory that the KV cache takes unless the configuration says otherwise."""
+
 
 def free_gpu_memory() -> list[int]:
     """Free bytes of each GPU that CUDA_VISIBLE_DEVICES shows, in its order; empty where there is none, or no driver."""
@@ -54,6 +57,6 @@ def resolved(config: EngineConfig) -> EngineConfig:
         config,
         device=device,
         step_tokens=config.step_tokens or (2048 if cuda else 512),
-        kv_cache_fraction=config.kv_cache_fraction or (0.9 if cuda else 0.1),
+        kv_cache_fraction=config.kv_cache_fraction or KV_CACHE_FRACTION[device],
         threads=config.threads or (1 if cuda else max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel)),
     )

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backend.checkpoint import Checkpoint, resolve
+from backend.checkpoint import Checkpoint, dtype_name, resolve
 from backend.compute.attention.families import length_limit
-from backend.compute.attention.paged import register
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, bytes_per_block, probe
 from backend.compute.graphs import DecodeGraph, sizes
@@ -48,7 +47,6 @@ class Decoder:
         if birth.world > 1:
             self._progress(f"joining {birth.world} ranks" + (BUILDS if self._device.type == "cpu" else ""))
         connect(birth.rank, birth.world, self._device, Path(birth.folder))
-        register()
         self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what merging projections let go of
@@ -176,9 +174,7 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 def dtype_of(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype:
     """The configured type; auto is the checkpoint's on CUDA and float32 on CPU."""
-    name = config.dtype
-    if name == "auto":
-        name = checkpoint.dtype if config.device == "cuda" else "float32"
+    name = dtype_name(config, checkpoint, config.device)
     dtype: torch.dtype | None = getattr(torch, name, None)
     if dtype is None or name not in DTYPES:
         raise LoadError(f"the checkpoint's dtype {name} cannot be served; set dtype to float32, bfloat16 or float16")
