@@ -40,7 +40,7 @@ class EngineConfig:
     max_sequences: int = 256
     """Sequences that run together."""
     step_tokens: int = 0
-    """Token budget of one step; 0: 2048 on CUDA, 512 on CPU."""
+    """Token budget of one step, or of one micro-batch; 0: 2048 on CUDA, 512 on CPU (16384 and 1024 for tasks over text)."""
     max_waiting: int = 1024
     """Sequences that may wait; one more is refused (Overloaded)."""
     prefix_cache: bool = True
@@ -55,6 +55,14 @@ class EngineConfig:
     """All prompts of one request together (of token ids, their number)."""
     max_prompts: int = 64
     """Prompts in one request, times n."""
+    max_texts: int = 256
+    """Texts that one row of a request may hold (rerank's, zero_shot_image's labels)."""
+    max_pixels: int = 1 << 22
+    """Width times height of an image, made or sent."""
+    max_steps: int = 200
+    """Denoising steps."""
+    max_images: int = 16
+    """Images that one row of a request may ask for."""
     max_stop_strings: int = 16
     step_timeout: float = 60.0
     """Seconds after which a step that has not answered counts as a hung rank."""

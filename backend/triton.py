@@ -39,7 +39,7 @@ def _value(name: str, row: Array) -> Any:
     return values if name in LISTS else values[0] if len(values) == 1 else values
 
 
-LISTS = frozenset({"input_ids", "stop_words", "stop_token_ids"})
+LISTS = frozenset({"input_ids", "stop_words", "stop_token_ids", "texts", "labels"})
 """Inputs of dims [-1]."""
 
 
@@ -69,12 +69,38 @@ class Reply:
         tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
         self._sender.send(pb_utils.InferenceResponse(tensors))
 
+    def finish(self, response: Any) -> None:
+        """The only response and the flag in one."""
+        self._sender.send(response, flags=FINAL)
+
     def end(self, error: ServingError | None = None) -> None:
         """The last message: an error, or only the flag."""
         if error is None:
             self._sender.send(flags=FINAL)
         else:
             self._sender.send(pb_utils.InferenceResponse(error=failure(error)), flags=FINAL)
+
+
+class Asked:
+    """One request of a task that answers once, whenever it is ready."""
+
+    def __init__(self, request: Any) -> None:
+        self._request: Any = request
+        self._reply = Reply(request)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Its inputs, as `rows`; once, inside execute()."""
+        request, self._request = self._request, None
+        return rows(request)
+
+    def answer(self, outputs: Outputs) -> None:
+        """The one response."""
+        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
+        self._reply.finish(pb_utils.InferenceResponse(tensors))
+
+    def fail(self, error: Exception) -> None:
+        """An error in its place."""
+        self._reply.end(served(error))
 
 
 @contextmanager

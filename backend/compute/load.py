@@ -6,6 +6,7 @@ Every parameter is filled exactly once and every tensor used, or the load fails 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -49,34 +50,52 @@ def load(
     with Reader(checkpoint) as reader:
         wanted = recipes(model, checkpoint)
         name, head, tied = _split_head(model, wanted, reader, rank, world)
-        buffers, dtypes = {name: buffer.clone() for name, buffer in model.named_buffers()}, _dtypes(model, dtype)
-        _set(model, name, nn.Identity())  # out of DeepSpeed's sight, which would split it by its input
+        buffers, dtypes = {name: buffer.clone() for name, buffer in model.named_buffers()}, own_dtypes(model, dtype)
+        put(model, name, nn.Identity())  # out of DeepSpeed's sight, which would split it by its input
         shard(model, world, device, dtype)
-        _restore(model, buffers, dtypes, device)
+        restore(model, buffers, dtypes, device)
         _place_head(model, name, head, tied, device)
         check_shards(model, world)
         parts = spans(model, tied)
         if fused.pays(device, dtype) if merge is None else merge:
             fused.merge(model)
-        _fill(model, wanted, parts, reader, progress)
+        fill(model, wanted, parts, reader, progress)
     return model
 
 
 def _empty(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """Build transformers' class with parameters on the meta device and buffers that are real."""
+    """Build the causal language model with parameters on the meta device and buffers that are real."""
     if attention == NAME:
         register()
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+
+    def check(config: Any) -> None:
         if attention == NAME and (reason := unsupported(config)):
             raise LoadError(f"{checkpoint.model_type} cannot be served: {reason}")
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, ImportError, OSError, KeyError, TypeError) as error:
-        raise LoadError(f"{checkpoint.model_type} cannot be built: {_line(error)}") from None
+
+    model = build(checkpoint, AutoModelForCausalLM, dtype, attention, check)
     if model._is_stateful:
         raise LoadError(f"{checkpoint.model_type} cannot be served: it has recurrent layers")
     freeze_rope(model)
+    return model
+
+
+def build(
+    checkpoint: Checkpoint,
+    auto: Any,
+    dtype: torch.dtype,
+    attention: str | None,
+    check: Callable[[Any], None] = lambda config: None,
+) -> PreTrainedModel:
+    """Build what one of transformers' Auto classes makes of the folder's configuration: parameters on the meta device,
+    buffers real. `check` sees the configuration first.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        check(config)
+        with init_empty_weights(include_buffers=False):
+            model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (ValueError, ImportError, OSError, KeyError, TypeError) as error:
+        raise LoadError(f"{checkpoint.model_type} cannot be built: {_line(error)}") from None
     for parameter in model.parameters():
         parameter.requires_grad = False
     model.eval()
@@ -119,7 +138,7 @@ def _tie(head: str, embedding: str, wanted: dict[str, Recipe], reader: Reader) -
     return True
 
 
-def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def own_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Note each parameter's own dtype: some are made in another, some are kept in fp32 for their family's sake."""
     plan = model._get_dtype_plan(dtype)
     kept = build_glob_alternation(list(plan))[0] if plan else None
@@ -129,7 +148,7 @@ def _dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype
     }
 
 
-def _restore(
+def restore(
     model: nn.Module, buffers: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype], device: torch.device
 ) -> None:
     """Give buffers their values and parameters their dtypes, as they were before DeepSpeed."""
@@ -144,14 +163,14 @@ def _restore(
 
 
 def _place_head(model: PreTrainedModel, name: str, head: VocabParallelHead, tied: bool, device: torch.device) -> None:
-    _set(model, name, head.to_empty(device=device))
+    put(model, name, head.to_empty(device=device))
     if tied:
         weight = model.get_input_embeddings().weight
         assert isinstance(weight, nn.Parameter)
         head.tie(weight)
 
 
-def _fill(
+def fill(
     model: PreTrainedModel, wanted: dict[str, Recipe], parts: dict[str, Span], reader: Reader, progress: Progress
 ) -> None:
     """Copy every recipe's part into its parameter; LoadError names what does not match, and what is left unfilled."""
@@ -189,6 +208,6 @@ def _copy(name: str, place: torch.Tensor, value: torch.Tensor) -> None:
     place.copy_(value)
 
 
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)

@@ -68,10 +68,12 @@ class Span:
 WHOLE = Span()
 
 
-def recipes(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Recipe]:
+def recipes(
+    model: PreTrainedModel, checkpoint: Checkpoint, optional: Callable[[str], bool] = lambda name: False
+) -> dict[str, Recipe]:
     """List recipes by the first parameter each makes. LoadError names a tensor that the model has no place for.
 
-    `model` is whole: sharding changes neither names nor this.
+    `model` is whole: sharding changes neither names nor this. `optional` names tensors that may stay unused.
     """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -90,7 +92,7 @@ def recipes(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Recipe]
                 check_shape(target, checkpoint.tensors[name].shape, shapes)
             recipe = Recipe(converter=None if pattern is None else by_pattern[pattern], shapes=shapes)
             _add(found.setdefault(target, recipe), target, name, pattern)
-        elif not _ignored(name, model):
+        elif not (_ignored(name, model) or optional(name)):
             raise LoadError(f"tensor {name!r} of the checkpoint has no place in {type(model).__name__}")
     return found
 

@@ -55,6 +55,7 @@ class Tokenizer:
         self.silent = cache(self._is_silent)
         """silent(token_id): whether decode() passes the token over, because it is special or unknown."""
         self._render = cache(self._compile)
+        self._cutting: tokenizers.Tokenizer | None = None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -80,6 +81,17 @@ class Tokenizer:
         """Ids, with the model's own opening tokens unless the text is a chat, whose template has written them."""
         # As a batch of one, which lets other threads run meanwhile; encode() does not.
         return list(self._rust.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    def encodings(self, texts: Sequence[str | tuple[str, str]]) -> list[tokenizers.Encoding]:
+        """Many texts or pairs of texts at once, on all cores: ids, kinds of tokens, offsets in characters."""
+        return list(self._rust.encode_batch([*texts]))
+
+    def truncated(self, text: str | tuple[str, str], length: int) -> tokenizers.Encoding:
+        """A text or pair cut to `length` tokens, the special ones included; of a pair the longer text is cut first."""
+        cutting = tokenizers.Tokenizer.from_str(self._rust.to_str()) if self._cutting is None else self._cutting
+        self._cutting = cutting
+        cutting.enable_truncation(length, strategy="longest_first")
+        return cutting.encode_batch([text])[0]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text = self.decode_raw(token_ids, skip_special_tokens)

@@ -38,8 +38,9 @@ class _Member:
 class RankGroup:
     """Starts the ranks, asks them, and ends them. One thread uses it; the ranks die with that thread."""
 
-    def __init__(self, config: EngineConfig, worker: str, report: Report = print) -> None:
+    def __init__(self, config: EngineConfig, worker: str, report: Report = print, task: str = "") -> None:
         self._config = config
+        self._task = task
         self._worker = worker
         self._report = report
         self._members: list[_Member] = []
@@ -138,7 +139,7 @@ class RankGroup:
             )
         connection = Connection(ours.detach())
         world = self._config.tensor_parallel
-        connection.send(Birth(self._worker, self._config, rank, world, self._folder, os.getpid()))
+        connection.send(Birth(self._worker, self._config, rank, world, self._folder, os.getpid(), self._task))
         return _Member(rank, process, connection)
 
     def _take(self, member: _Member, answers: dict[int, Any]) -> bool:

@@ -34,6 +34,8 @@ class Birth:
     folder: str
     """Where the ranks find each other; private to the group."""
     parent: int
+    task: str = ""
+    """For workers that serve several tasks: which one."""
 
 
 Deferred = Callable[[], Any]

@@ -1,0 +1,112 @@
+"""A checkpoint as one rank's encoder with its task's head; it does not know what the outputs mean.
+
+As `load`, with one difference: linear layers outside the repeated blocks (poolers, heads) stay whole on every rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from backend.checkpoint import Checkpoint
+from backend.compute.load import build, fill, own_dtypes, put, restore
+from backend.compute.sharding import shard, spans
+from backend.compute.weights import Reader, Recipe, recipes
+from backend.encoders import check_task
+from backend.errors import LoadError
+
+Progress = Callable[[float], None]
+
+_HEADS = re.compile(r"(^|\.)(cls|lm_head|pooler|classifier|qa_outputs|score|predictions|vocab_\w+|generator_\w+)\.")
+"""Heads of other purposes that checkpoints carry along: they may stay unused."""
+
+
+def load_encoder(
+    checkpoint: Checkpoint,
+    auto: str,
+    world: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = lambda share: None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Load this rank's shard of what transformers' class `auto` makes of the folder, in `dtype` on `device`.
+
+    `connect` must have been called. `attention` is a name in transformers' AttentionInterface; None: the family's own
+    default. LoadError, of one line, for anything that would not give exactly the model of the checkpoint.
+    """
+    check_task(checkpoint, world)
+    model = build(checkpoint, getattr(transformers, auto), dtype, attention)
+    with Reader(checkpoint) as reader:
+        wanted = recipes(model, checkpoint, optional=lambda name: bool(_HEADS.search(name)))
+        _drop_pooler(model, wanted)
+        tied = _tied(model, wanted)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        dtypes = own_dtypes(model, dtype)
+        hidden = _hide(model)
+        shard(model, world, device, dtype)
+        _show(model, hidden, device)
+        restore(model, buffers, dtypes, device)
+        _tie(model, tied)
+        fill(
+            model,
+            wanted,
+            {name: span for name, span in spans(model, False).items() if name not in tied},
+            reader,
+            progress,
+        )
+    return model
+
+
+def _drop_pooler(model: PreTrainedModel, wanted: dict[str, Recipe]) -> None:
+    """Encoders for embeddings are often saved without one; the output does not depend on it."""
+    base = model.base_model
+    pooler = getattr(base, "pooler", None)
+    if base is model and isinstance(pooler, nn.Module) and not any(name.startswith("pooler.") for name in wanted):
+        base.pooler = None
+
+
+def _tied(model: PreTrainedModel, wanted: dict[str, Recipe]) -> dict[str, str]:
+    """Parameters that share another one's tensor, as transformers ties them. The checkpoint may hold either."""
+    tied: dict[str, str] = {}
+    for name, source in dict(model.all_tied_weights_keys).items():
+        if name in wanted and source in wanted:
+            del wanted[name]  # saved twice
+        elif name in wanted:
+            wanted[source] = wanted.pop(name)
+        tied[name] = source
+    return tied
+
+
+def _tie(model: PreTrainedModel, tied: dict[str, str]) -> None:
+    for name, source in tied.items():
+        put(model, name, model.get_parameter(source))
+
+
+def _hide(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Take linear layers outside the repeated blocks out of DeepSpeed's sight."""
+    blocks = {
+        id(inner) for module in model.modules() if isinstance(module, nn.ModuleList) for inner in module.modules()
+    }
+    hidden = {
+        name: module for name, module in model.named_modules() if type(module) is nn.Linear and id(module) not in blocks
+    }
+    for name in hidden:
+        put(model, name, nn.Identity())
+    return hidden
+
+
+def _show(model: PreTrainedModel, hidden: dict[str, nn.Module], device: torch.device) -> None:
+    for name, module in hidden.items():
+        put(model, name, module.to_empty(device=device))
+
+
+def check_split(model: PreTrainedModel, world: int) -> None:
+    """LoadError where DeepSpeed split nothing."""
+    if world > 1 and not any(type(module).__name__ == "LinearAllreduce" for module in model.modules()):
+        raise LoadError(f"DeepSpeed split nothing of {model.config.model_type}")

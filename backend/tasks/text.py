@@ -1,0 +1,124 @@
+"""TextTask: what tasks over text share: tokenising, and micro-batches under a token budget. It does not know their heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.config import EngineConfig
+from backend.encoders import check_task, longest
+from backend.errors import InvalidInput
+from backend.generation.tokenizer import Tokenizer
+from backend.model_folder import Checkpoint
+from backend.tasks.task import Array
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sequence as the model takes it."""
+
+    ids: NDArray[np.int32]  # [tokens]
+    type_ids: NDArray[np.int32]  # [tokens]
+    options: dict[str, Any] = field(default_factory=dict)
+    """For the task's device half, e.g. how to pool."""
+    notes: Any = None
+    """For the task's CPU half; stays in the stub."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A micro-batch: sequences end to end."""
+
+    input_ids: NDArray[np.int32]  # [all tokens]
+    type_ids: NDArray[np.int32]  # [all tokens]
+    lengths: NDArray[np.int64]  # [sequences]
+    options: list[dict[str, Any]]
+    """One a sequence."""
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> Texts:
+        return cls(
+            np.concatenate([piece.ids for piece in pieces]),
+            np.concatenate([piece.type_ids for piece in pieces]),
+            np.array([len(piece.ids) for piece in pieces], np.int64),
+            [piece.options for piece in pieces],
+        )
+
+
+class TextTask:
+    """Base of the text tasks. One thread uses it."""
+
+    worker: ClassVar[str] = "backend.compute.encoder:Encoder"
+    auto: ClassVar[str]
+    """transformers' class that loads the model."""
+    warm: ClassVar[dict[str, Any]] = {}
+    """A piece's options, for warm-up."""
+
+    @staticmethod
+    def forward(output: Any, batch: Texts, mask: Any) -> Any:
+        """The device half, run in a rank: what is kept of the model's output.
+
+        `output` is the model's (padded [n, longest, ...] or [n, ...]), `mask` [n, longest] int64; the result is a float32
+        or integer tensor [n, ...], of which `finish` gets each piece's row, padding included.
+        """
+        raise NotImplementedError
+
+    def __init__(self, folder: Path, config: EngineConfig) -> None:
+        self.config, self.checkpoint = config, Checkpoint.open(folder)
+        check_task(self.checkpoint, config.tensor_parallel)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        self.longest = longest(self.checkpoint, config.max_model_len)
+        """Tokens of the longest sequence."""
+
+    def encode(self, texts: Sequence[str | tuple[str, str]]) -> list[Any]:
+        """`tokenizers.Encoding` of texts or pairs, whole, with special tokens and offsets in characters."""
+        return self.tokenizer.encodings(texts)
+
+    def fit(self, encoding: Any, truncate: bool) -> Any:
+        """The encoding cut to the model's length as transformers does; InvalidInput names both lengths if it may not."""
+        if len(encoding.ids) <= self.longest:
+            return encoding
+        if not truncate:
+            raise InvalidInput(
+                f"the text has {len(encoding.ids)} tokens, the model takes {self.longest}; shorten it or ask to truncate"
+            )
+        return None  # the caller encodes again with truncation
+
+    def encode_truncated(self, texts: Sequence[str | tuple[str, str]], truncate: Sequence[bool]) -> list[Any]:
+        """An encoding, or InvalidInput, for each text; too long ones are cut where they may be."""
+        found: list[Any] = []
+        for text, encoding, may in zip(texts, self.encode(texts), truncate, strict=True):
+            try:
+                found.append(self.fit(encoding, may) or self.tokenizer.truncated(text, self.longest))
+            except InvalidInput as error:
+                found.append(error)
+        return found
+
+    @staticmethod
+    def piece(encoding: Any, options: dict[str, Any] | None = None, notes: Any = None) -> Piece:
+        ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
+        return Piece(ids, types, options or {}, notes)
+
+    def cut(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """By length, longest first, so that little is padded; padded size within the token budget, or one sequence."""
+        order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index].ids))
+        batches: list[list[int]] = []
+        for index in order:
+            if batches and len(pieces[batches[-1][0]].ids) * (len(batches[-1]) + 1) <= self.config.step_tokens:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        return batches
+
+    def batch(self, pieces: Sequence[Piece]) -> Texts:
+        return Texts.of(pieces)
+
+    def join(self, answers: list[Any]) -> list[Array]:
+        """Every rank has the whole answer."""
+        first: list[Array] = answers[0]
+        return first
