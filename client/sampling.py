@@ -1,17 +1,16 @@
-"""The table of sampling keys: how each is checked, typed and sent. It does not know what is in range."""
+"""The table of sampling keys: what each is called and how it is sent. It does not know what is in range."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
-import numpy as np
 from numpy.typing import NDArray
 
 from client.errors import InvalidInput
-from client.tensors import strings, text
+from client.tensors import strings
+from client.values import KINDS, Key
 
 
 class Sampling(TypedDict, total=False):
@@ -40,16 +39,6 @@ class Sampling(TypedDict, total=False):
     priority: int
     max_length: int
     do_sample: bool
-
-
-@dataclass(frozen=True)
-class Key:
-    """One sampling key: its value's kind, a line of help, the tensor that carries it (else the JSON of JSON_TENSOR)."""
-
-    name: str
-    kind: str
-    help: str
-    tensor: str = ""
 
 
 def _tensors() -> Iterable[Key]:
@@ -116,7 +105,7 @@ def encode_options(options: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     for name, value in (DEFAULTS | _canonical(options)).items():
         if value is None:
             continue
-        row = _KINDS[KEYS[name].kind](name, value)
+        row = KINDS[KEYS[name].kind](name, value)
         if KEYS[name].tensor:
             tensors[KEYS[name].tensor] = row
         else:
@@ -135,67 +124,3 @@ def _canonical(options: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidInput(f"{both} are names of the same option: give one")
         found[name] = value
     return found
-
-
-def _integer(low: int, high: int, dtype: type[np.generic]) -> Callable[[str, Any], NDArray[Any]]:
-    def row(name: str, value: Any) -> NDArray[Any]:
-        return np.array([[_whole(name, value, low, high)]], dtype)  # [1, 1]
-
-    return row
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InvalidInput(f"{name} must be a whole number, not {value!r}")
-    number = int(value)
-    if not low <= number <= high:
-        raise InvalidInput(f"{name} must be from {low} to {high}, not {number}")
-    return number
-
-
-def _integers(name: str, value: Any) -> NDArray[Any]:
-    values = [value] if isinstance(value, int) else _items(name, value)
-    return np.array([[_whole(name, item, *_INT32) for item in values]], np.int32)  # [1, k]
-
-
-def _float(name: str, value: Any) -> NDArray[Any]:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise InvalidInput(f"{name} must be a number, not {value!r}")
-    if not abs(float(value)) <= _FP32_MAX:  # nan too
-        raise InvalidInput(f"{name} must be a finite number, not {value!r}")
-    return np.array([[value]], np.float32)  # [1, 1]
-
-
-def _bool(name: str, value: Any) -> NDArray[Any]:
-    if not isinstance(value, bool | np.bool_):
-        raise InvalidInput(f"{name} must be True or False, not {value!r}")
-    return np.array([[value]], np.bool_)  # [1, 1]
-
-
-def _string(name: str, value: Any) -> NDArray[Any]:
-    return strings(text(value, name))
-
-
-def _strings(name: str, value: Any) -> NDArray[Any]:
-    return strings(*(text(item, name) for item in ([value] if isinstance(value, str) else _items(name, value))))
-
-
-def _items(name: str, value: Any) -> list[Any]:
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise InvalidInput(f"{name} must be a list, not {value!r}")
-    return list(value)
-
-
-_FP32_MAX = float(np.finfo(np.float32).max)
-
-_INT32 = (-(2**31), 2**31 - 1)
-
-_KINDS: dict[str, Callable[[str, Any], NDArray[Any]]] = {
-    "int32": _integer(*_INT32, np.int32),
-    "uint64": _integer(0, 2**64 - 1, np.uint64),
-    "int32s": _integers,
-    "fp32": _float,
-    "bool": _bool,
-    "string": _string,
-    "strings": _strings,
-}
