@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 
 from backend.errors import LoadError
 from backend.launcher.run_folder import cache
-from backend.samples.make import STAMP, is_made, make
+from backend.samples.making import STAMP, is_made, make
 from backend.samples.table import SAMPLES, Archive, Sample
 
 __all__ = ["SAMPLES", "STAMP", "Archive", "Sample", "fetch", "fetch_all", "locate"]

@@ -1,7 +1,8 @@
 """A sentiment classifier: `python -m backend.training.classify SDIST ENCODER FOLDER`.
 
-ENCODER is all-MiniLM-L6-v2. SDIST is vaderSentiment's, which holds the sentences, judged by people, of Hutto and Gilbert,
-VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text, ICWSM 2014. It knows no other data.
+ENCODER is all-MiniLM-L6-v2. SDIST is vaderSentiment's, which holds the sentences, judged by people, of Hutto and
+Gilbert, VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text, ICWSM 2014. It knows no
+other data.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def train(folder: Path, amount: Amount) -> dict[str, Any]:
     _learn_to_denoise(_latents(autoencoder, pictures), digits, _Words(tokenizer), encoder, unet, amount.unet)
     pipeline = _pipeline(autoencoder, tokenizer, encoder, unet)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    metrics = {"recognised": _recognised(pipeline, amount.drawn), "of": amount.drawn}
+    metrics = {"recognised": recognised(pipeline, amount.drawn), "of": amount.drawn}
     save_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -237,7 +237,7 @@ def shrink(pictures: NDArray[np.float32]) -> NDArray[np.float64]:
     return small
 
 
-def _recognised(pipeline: Any, n: int) -> int:
+def recognised(pipeline: Any, n: int) -> int:
     """How many of n digits, drawn in turn, are taken for what they were to be."""
     pipeline.set_progress_bar_config(disable=True)
     asked = [i % len(NAMES) for i in range(n)]

