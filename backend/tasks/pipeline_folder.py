@@ -83,7 +83,9 @@ def _check_part(folder: Path, name: str, part: list[Any]) -> None:
         raise LoadError(f"{folder / name} is missing: the download is not complete")
     pickled = [file.name for file in (folder / name).iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
     if pickled and not any((folder / name).glob("*.safetensors")):
-        raise LoadError(f"{folder / name} has {pickled[0]} but no safetensors: pickled weights can run code; convert them")
+        raise LoadError(
+            f"{folder / name} has {pickled[0]} but no safetensors: pickled weights can run code; convert them"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Picture:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What images of one batch have in common. SDXL takes no negative prompt for something else than an empty one."""
+        """What images of one batch share. To SDXL no negative prompt is something else than an empty one."""
         return self.settings, self.negative_prompt is None, self.image is None
 
 
@@ -67,8 +67,8 @@ class TextToImage:
         self._parameters = {parameter.name: parameter for parameter in _parameters(config, self.folder)}
 
     def parse(self, row: Row) -> Item:
-        prompt = self._text(row, "prompt", text_of(row, "prompt"))
-        negative = self._text(row, "negative_prompt", decode(row["negative_prompt"], "negative_prompt"))
+        prompt = self._text(row, "prompt")
+        negative = self._text(row, "negative_prompt") if "negative_prompt" in row else None
         format_ = decode(row.get("format", b"png"), "format").lower()
         check(format_ in FORMATS, f"format must be one of {', '.join(FORMATS)}, not {format_!r:.80}")
         given = {name: each.read(name, row[name]) for name, each in self._parameters.items() if name in row}
@@ -127,8 +127,8 @@ class TextToImage:
             "nsfw_content_detected": filled([result.flagged for result in results], False, np.bool_),
         }
 
-    def _text(self, row: Row, name: str, text: str) -> str:
-        limit = self.config.max_prompt_bytes
+    def _text(self, row: Row, name: str) -> str:
+        text, limit = text_of(row, name), self.config.max_prompt_bytes
         check(len(row[name]) <= limit, f"{name} has {len(row[name])} bytes, the limit is {limit}")
         return text
 
@@ -159,7 +159,7 @@ class TextToImage:
         return image, mask
 
     def _together(self, piece: Picture) -> int:
-        sizes = dict(piece.settings)
+        sizes: dict[str, int] = dict(piece.settings)
         pixels = sizes.get("height", self.folder.side) * sizes.get("width", self.folder.side)
         return max(1, min(self.config.max_pixels // pixels, self.config.max_images)) * self.config.tensor_parallel
 
