@@ -6,12 +6,13 @@ that what comes next gathers in Triton's queue, where its limits and deadlines h
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import Empty, Full, Queue
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from backend.ranks.group import RankGroup, Report
 from backend.tasks import find
 from backend.tasks.task import Array, Row, Task
 
+_log = logging.getLogger(__name__)
+
 IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
 DEPTH = 2
@@ -31,6 +34,9 @@ STEP_TOKENS = {"cuda": 16384, "cpu": 1024}
 """Token budget of a micro-batch, unless configured."""
 SETTLED = 60.0
 """Seconds of service after which a failure counts as the first."""
+CLOSING = 5.0
+"""Seconds for a micro-batch under way to come to its end before the ranks are killed."""
+UNLOADED = "is being unloaded"
 
 
 class Asked(Protocol):
@@ -49,9 +55,29 @@ class Request:
     """What one request is made of while it is served."""
 
     asked: Asked
-    items: list[Any]
-    pieces: list[range]
+    items: list[Any] = field(default_factory=list)
+    pieces: list[range] = field(default_factory=list)
     """Each item's, by their places in the job."""
+    settled: bool = False
+
+    def settle(self, outcome: dict[str, Array] | Exception) -> None:
+        """Answer or fail it, once: whatever comes later is passed over. It does not raise."""
+        if self.settled:
+            return
+        self.settled = True
+        try:
+            if isinstance(outcome, Exception):
+                self.asked.fail(outcome)
+            else:
+                self._answer(outcome)
+        except Exception:  # nobody is left to tell
+            _log.exception("a response could not be sent")
+
+    def _answer(self, outputs: dict[str, Array]) -> None:
+        try:
+            self.asked.answer(outputs)
+        except Exception as error:  # tensors that Triton does not take
+            self.asked.fail(error)
 
 
 class Job:
@@ -60,6 +86,8 @@ class Job:
     def __init__(self, task: Task, requests: list[Request], pieces: list[Any]) -> None:
         self.requests, self.pieces = requests, pieces
         self.left = task.cut(pieces) if pieces else []
+        if sorted(place for places in self.left for place in places) != [*range(len(pieces))]:
+            raise ServingError(f"{len(pieces)} pieces were not cut into micro-batches one by one")
         self.missing = len(pieces)
         self.answers: list[Any] = [None] * len(pieces)
 
@@ -71,6 +99,12 @@ class Job:
             self.answers[place] = answer
         self.missing -= len(places)
         return self.missing == 0
+
+    def fail(self, error: Exception) -> None:
+        """End its requests; what the ranks still compute of it is not wanted."""
+        self.left = []
+        for request in self.requests:
+            request.settle(error)
 
 
 class Service:
@@ -90,6 +124,7 @@ class Service:
         self._down = "is loading"
         self._failures = 0
         self._closing = threading.Event()
+        self._ended = False
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
 
@@ -102,7 +137,7 @@ class Service:
 
     @property
     def healthy(self) -> bool:
-        return not self._down
+        return not self._reason()
 
     @property
     def pids(self) -> list[int]:
@@ -111,59 +146,73 @@ class Service:
 
     def serve(self, asked: Sequence[Asked]) -> None:
         """Answer each request, sooner or later, exactly once."""
+        requests = [Request(each) for each in asked]
         try:
-            job = self._job(asked)
-            while job.pieces:
-                if self._down:
-                    raise EngineDown(f"the model {self._down}; try again later")
-                try:
-                    return self._jobs.put(job, timeout=IDLE_CHECK)
-                except Full:
-                    continue
-            self._finish(job)
+            self._put(self._job(requests))
         except Exception as error:
-            for request in job.requests:
-                request.asked.fail(error)
+            for request in requests:
+                request.settle(error)
 
     def close(self) -> None:
         """End the ranks and every request still open."""
-        starting, self._down = bool(self._down), "is being unloaded"
         self._closing.set()
-        if starting:
+        if self._down:
             self._group.kill()  # a start may take minutes
         if self._thread.ident:
+            self._thread.join(CLOSING)
+            self._group.kill()  # a rank that hangs
             self._thread.join()
+
+    def _reason(self) -> str:
+        """Why nothing is served now, or nothing."""
+        return UNLOADED if self._closing.is_set() else self._down
+
+    def _put(self, job: Job) -> None:
+        """Hand a job to the service's thread once there is room; EngineDown where nobody would take it."""
+        if not job.pieces:
+            return self._finish(job)
+        while True:
+            if reason := self._reason():
+                raise EngineDown(f"the model {reason}; try again later")
+            try:
+                self._jobs.put(job, timeout=IDLE_CHECK)
+                break
+            except Full:
+                continue
+        if self._ended:  # it may have looked for the last time before this job came
+            self._fail_waiting(EngineDown(f"the model {UNLOADED}"))
 
     # ---- preparing, in the caller's thread
 
-    def _job(self, asked: Sequence[Asked]) -> Job:
-        parsed = [(each, items) for each in asked if (items := self._parse(each)) is not None]
-        prepared = iter(self._prepare([item for _, items in parsed for item in items]))
-        requests: list[Request] = []
+    def _job(self, requests: list[Request]) -> Job:
+        parsed = [request for request in requests if self._parse(request)]
+        prepared = iter(self._prepare([item for request in parsed for item in request.items]))
         pieces: list[Any] = []
-        for each, items in parsed:
-            own = [next(prepared) for _ in items]
+        for request in parsed:
+            own = [next(prepared) for _ in request.items]
             if error := next((found for found in own if isinstance(found, Exception)), None):
-                each.fail(error)
+                request.settle(error)
                 continue
-            places = []
             for found in own:
-                places.append(range(len(pieces), len(pieces) + len(found)))
+                request.pieces.append(range(len(pieces), len(pieces) + len(found)))
                 pieces.extend(found)
-            requests.append(Request(each, items, places))
-        return Job(self.task, requests, pieces)
+        return Job(self.task, [request for request in parsed if not request.settled], pieces)
 
-    def _parse(self, asked: Asked) -> list[Any] | None:
+    def _parse(self, request: Request) -> bool:
+        """Whether its rows could be read; one bad request fails alone."""
         try:
-            return [self.task.parse(row) for row in asked.rows()]
-        except Exception as error:  # one bad request fails alone
-            asked.fail(error)
-            return None
+            request.items = [self.task.parse(row) for row in request.asked.rows()]
+        except Exception as error:
+            request.settle(error)
+        return not request.settled
 
     def _prepare(self, items: list[Any]) -> list[Any]:
         """Together, which is faster; one by one where that fails, so that one alone does."""
         try:
-            return [*self.task.prepare(items)]
+            prepared: list[Any] = [*self.task.prepare(items)]
+            if len(prepared) != len(items):
+                raise ServingError(f"{len(items)} items were prepared as {len(prepared)}")
+            return prepared
         except Exception as error:
             if len(items) < 2:
                 return [error] * len(items)
@@ -178,53 +227,76 @@ class Service:
         except BaseException as error:
             self._started.set_exception(error)
             return
-        while not self._closing.is_set():
-            try:
-                self._step()
-            except Exception as error:
-                self._recover(error)
-        self._fail_all(EngineDown("the model is being unloaded"))
-        self._group.close()
+        try:
+            while not self._closing.is_set():
+                try:
+                    self._step()
+                except Exception as error:
+                    self._recover(error)
+        finally:
+            self._ended, self._down = True, self._down or UNLOADED
+            self._fail_all(EngineDown(f"the model {UNLOADED}"))
+            self._group.close()
 
     def _step(self) -> None:
-        """Keep the ranks busy, then take their oldest answer."""
-        while len(self._sent) < DEPTH and (job := self._next()):
-            places = job.left.pop(0)
-            self._sent.append((job, places))
-            self._group.send("forward", self.task.batch([job.pieces[place] for place in places]))
-        if not self._sent:
+        """Keep the ranks busy, take their oldest answer, and finish what it completes while they compute the next."""
+        self._feed()
+        if not self._sent or not self._answering():
             return
-        if self._group.answering(IDLE_CHECK) or self._late():
-            answers = self.task.join(self._group.receive(self.config.step_timeout))
-            job, places = self._sent.popleft()
-            self._begun = time.monotonic()
-            if job.fill(places, answers):
+        received = self._group.receive(self.config.step_timeout)
+        job, places = self._sent.popleft()
+        self._begun = time.monotonic()
+        self._feed(wait=False)
+        try:
+            if job.fill(places, self.task.join(received)):
                 self._finish(job)
+        except Exception as error:  # the task's own fault: the ranks have answered
+            job.fail(error)
+
+    def _feed(self, wait: bool = True) -> None:
+        while len(self._sent) < DEPTH and (job := self._next(wait)):
+            places = job.left.pop(0)
+            try:
+                batch = self.task.batch([job.pieces[place] for place in places])
+            except Exception as error:
+                job.fail(error)
+                continue
+            if not self._sent:
+                self._begun = time.monotonic()
+            self._sent.append((job, places))
+            self._group.send("forward", batch)
+
+    def _answering(self) -> bool:
+        """Whether an answer has come; EngineDown where none has for too long."""
+        if self._group.answering(IDLE_CHECK):
+            return True
+        if self._late():
+            raise EngineDown(f"the ranks have not answered for {self.config.step_timeout:g} s")
+        return False
 
     def _late(self) -> bool:
         return time.monotonic() - self._begun > self.config.step_timeout
 
-    def _next(self) -> Job | None:
+    def _next(self, wait: bool) -> Job | None:
         """A job with a micro-batch to send; waits for one only where nothing is under way."""
         if self._current and self._current.left:
             return self._current
+        idle = wait and not self._sent
         try:
-            self._current = self._jobs.get_nowait() if self._sent else self._jobs.get(timeout=IDLE_CHECK)
+            self._current = self._jobs.get(timeout=IDLE_CHECK) if idle else self._jobs.get_nowait()
         except Empty:
             self._current = None
-            if not self._sent:
+            if idle:
                 self._group.check()
-            return None
-        if not self._sent:
-            self._begun = time.monotonic()
         return self._current
 
     def _finish(self, job: Job) -> None:
         for request in job.requests:
             try:
-                request.asked.answer(self._outputs(job, request))
+                outcome: dict[str, Array] | Exception = self._outputs(job, request)
             except Exception as error:
-                request.asked.fail(error)
+                outcome = error
+            request.settle(outcome)
 
     def _outputs(self, job: Job, request: Request) -> dict[str, Array]:
         results = [
@@ -248,6 +320,8 @@ class Service:
 
     def _recover(self, error: Exception) -> None:
         """After the ranks failed: tell everybody, start them again, slower each time; give up after max_restarts."""
+        if self._closing.is_set():
+            return
         reason = str(error) or type(error).__name__
         self._report(f"down: {reason}")
         self._down = f"is restarting ({reason})"
@@ -256,7 +330,7 @@ class Service:
         self._failures = 0 if time.monotonic() - self._since > SETTLED else self._failures
         for attempt in range(self.config.max_restarts):
             self._failures += 1
-            if self._closing.wait(min(30.0, self.config.restart_backoff * 2 ** (self._failures - 1))):
+            if self._closing.wait(min(30.0, self.config.restart_backoff * 2 ** min(self._failures - 1, 9))):
                 return
             try:
                 return self._load()
@@ -268,15 +342,15 @@ class Service:
             self._closing.wait(IDLE_CHECK)
 
     def _fail_all(self, error: ServingError) -> None:
-        jobs = {id(job): job for job, _ in self._sent}
-        if self._current:
-            jobs[id(self._current)] = self._current
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            jobs[id(job)] = job
+        for job in [*(job for job, _ in self._sent), *([self._current] if self._current else [])]:
+            job.fail(error)
         self._sent.clear()
         self._current = None
-        for job in jobs.values():
-            if job.missing:
-                for request in job.requests:
-                    request.asked.fail(error)
+        self._fail_waiting(error)
+
+    def _fail_waiting(self, error: ServingError) -> None:
+        while True:
+            try:
+                self._jobs.get_nowait().fail(error)
+            except Empty:
+                return
