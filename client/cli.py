@@ -14,8 +14,9 @@ from typing import Any
 from client.deploy import deploy, models, undeploy
 from client.errors import Error, InvalidInput
 from client.generate import Generate, Prompt
-from client.sampling import KEYS, Key
+from client.sampling import KEYS
 from client.tasks import TASKS, pipeline
+from client.values import Key
 
 INTERRUPTED = 130
 

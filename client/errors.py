@@ -113,6 +113,8 @@ _ADVICE_BY_CODE = {
 _TRITON = (
     (re.compile(r"unknown model: .* is not found"), "NOT_FOUND"),
     (re.compile(r"has no available versions|is not at ready state"), "UNAVAILABLE"),
+    (re.compile(r"Exceeds maximum queue size"), "RESOURCE_EXHAUSTED"),
+    (re.compile(r"Request timeout expired"), "DEADLINE_EXCEEDED"),
     (re.compile(r"inference input|unexpected shape|expected \d+ inputs|batch[- ]size"), "INVALID_ARGUMENT"),
 )
 """Triton's own refusals by their text, as streamed requests get them: all with the status INTERNAL."""

@@ -14,6 +14,9 @@ from client.transport import Request, Response
 
 Tensors = Mapping[str, NDArray[Any]]
 
+BINARY = frozenset({"image"})
+"""Tensors of bytes that are no text: images' files."""
+
 
 def encode(model: str, tensors: Tensors) -> Request:
     """One request; arrays of dtype object hold bytes and become BYTES."""
@@ -26,11 +29,11 @@ def encode(model: str, tensors: Tensors) -> Request:
 
 
 def decode(response: Response) -> dict[str, NDArray[Any]]:
-    """The output tensors by name; BYTES become str (dtype object)."""
+    """The output tensors by name; BYTES become str, those of BINARY stay bytes (dtype object)."""
     if len(response.raw_output_contents) != len(response.outputs):
         raise ServerError("the server's answer holds no raw tensors; is it a Triton server?")
     pairs = zip(response.outputs, response.raw_output_contents, strict=True)
-    return {output.name: _array(output.datatype, raw).reshape(tuple(output.shape)) for output, raw in pairs}
+    return {output.name: _array(output, raw).reshape(tuple(output.shape)) for output, raw in pairs}
 
 
 def text(value: str, name: str) -> bytes:
@@ -53,10 +56,13 @@ def _bytes(array: NDArray[Any]) -> bytes:
     return packed
 
 
-def _array(datatype: str, raw: bytes) -> NDArray[Any]:
-    if datatype == "BYTES":
-        return np.array([item.decode() for item in utils.deserialize_bytes_tensor(raw)], dtype=np.object_)
-    dtype = utils.triton_to_np_dtype(datatype)
+def _array(output: Any, raw: bytes) -> NDArray[Any]:
+    if output.datatype == "BYTES":
+        items: NDArray[Any] = utils.deserialize_bytes_tensor(raw)
+        return items if output.name in BINARY else np.array([item.decode() for item in items], dtype=np.object_)
+    dtype = utils.triton_to_np_dtype(output.datatype)
     if dtype is None:
-        raise ServerError(f"the server's answer has a tensor of type {datatype!r}, which this client does not know")
+        raise ServerError(
+            f"the server's answer has a tensor of type {output.datatype!r}, which this client does not know"
+        )
     return np.frombuffer(raw, dtype=dtype)
