@@ -43,9 +43,8 @@ class Diffusion:
         if self._device.type == "cpu":
             torch.set_num_threads(max(1, birth.config.threads))
         connect(birth.rank, birth.world, self._device, Path(birth.folder))
-        self._dtype = dtype_of(birth.config)
-        self._pipeline = load(resolve(birth.config.model, None), self._dtype, self._device)
-        self._inpainting = inpainting(self._pipeline, self._dtype)
+        self._pipeline = load(resolve(birth.config.model, None), dtype_of(birth.config), self._device)
+        self._inpainting = inpainting(self._pipeline)
 
     def warm_up(self) -> None:
         """Two steps of one image, and of one on each rank."""
@@ -95,7 +94,7 @@ def dtype_of(config: EngineConfig) -> torch.dtype:
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The folder's pipeline: safetensors alone, nothing fetched, none of the checkpoint's own code. LoadError if not."""
+    """The folder's pipeline: safetensors alone, nothing fetched, none of its own code. LoadError says why not."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
     from transformers.utils import logging as loading
@@ -123,7 +122,7 @@ def variant_of(folder: Path) -> str | None:
     return "fp16" if weights and all(".fp16" in name for name in weights) else None
 
 
-def inpainting(pipeline: Any, dtype: torch.dtype) -> Any:
+def inpainting(pipeline: Any) -> Any:
     """The pipeline that fills masks with the same weights; None where diffusers has none."""
     import diffusers
 
@@ -133,7 +132,8 @@ def inpainting(pipeline: Any, dtype: torch.dtype) -> Any:
     kind = getattr(diffusers, name.replace("Pipeline", "InpaintPipeline"), None)
     if kind is None:
         return None
-    found = kind.from_pipe(pipeline, dtype=dtype)
+    own = {**pipeline.config, **pipeline.components}  # from_pipe would cast what the model keeps in float32
+    found = kind(**{name: own[name] for name in inspect.signature(kind.__init__).parameters if name in own})
     found.set_progress_bar_config(disable=True)
     return found
 
