@@ -51,7 +51,7 @@ def train(sdist: Path, encoder: Path, folder: Path, amount: Amount = Amount()) -
     tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=512)
     model = _model(encoder)
     _learn(model, tokenizer, seen)
-    metrics = {"accuracy": _accuracy(model, tokenizer, held_out), "trained_on": len(seen), "of": len(held_out)}
+    metrics = {"accuracy": accuracy(model, tokenizer, held_out), "trained_on": len(seen), "of": len(held_out)}
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_json(folder / "heldout.json", [{"text": text, "label": LABELS[label]} for text, label in held_out])
@@ -117,7 +117,7 @@ def _logits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor:
 
 
 @torch.no_grad()
-def _accuracy(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
+def accuracy(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
     right = 0
     for batch in _batches(rows):
         guessed = _logits(model, tokenizer, batch).argmax(dim=-1).tolist()

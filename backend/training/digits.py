@@ -1,6 +1,6 @@
 """A Stable Diffusion pipeline that draws handwritten digits: `python -m backend.training.digits FOLDER`.
 
-The real digits are scikit-learn's (1,797 pictures of 8 x 8), drawn here as 32 x 32. It knows no other picture.
+It knows how the parts are built and trained; what they learn from is handwriting.py.
 """
 
 from __future__ import annotations
@@ -14,24 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from backend.training.handwriting import NAMES, SIDE, WORDINGS, real, recognised
 from backend.training.steps import bar, falling, mixed, save_json, settle, step
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-WORDINGS = ("a handwritten {}", "the digit {}", "a picture of a {}", "{}")
 LENGTH = 16
 """Tokens of a prompt. The longest wording has seven."""
-SIDE = 32
 BATCH = 32
 DROPPED = 0.1
 """Share of the prompts that are left empty in training, so that guidance has something to lead away from."""
@@ -49,7 +43,7 @@ class Amount:
 def train(folder: Path, amount: Amount) -> dict[str, Any]:
     """Writes the pipeline, and metrics.json with the share of its digits that a classifier of real ones recognises."""
     settle(seed=0)
-    pictures, digits = _real()
+    pictures, digits = real()
     autoencoder = _autoencoder(pictures, amount.autoencoder)
     tokenizer = _tokenizer()
     encoder, unet = _text_model(tokenizer), _unet()
@@ -59,14 +53,6 @@ def train(folder: Path, amount: Amount) -> dict[str, Any]:
     metrics = {"recognised": recognised(pipeline, amount.drawn), "of": amount.drawn}
     save_json(folder / "metrics.json", metrics)
     return metrics
-
-
-def _real() -> tuple[Tensor, Tensor]:
-    """The pictures as [n, 3, 32, 32] in -1..1, and their digits [n]."""
-    data = load_digits()
-    small = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    large = F.interpolate(small, size=SIDE, mode="bicubic", align_corners=False).clamp(-1, 1)
-    return large.expand(-1, 3, -1, -1).contiguous(), torch.tensor(data.target)
 
 
 def _autoencoder(pictures: Tensor, steps: int) -> Any:
@@ -221,30 +207,6 @@ def _pipeline(autoencoder: Any, tokenizer: Any, encoder: Any, unet: Any) -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def recogniser() -> SVC:
-    """A classifier of the real digits, 8 x 8 numbers of 0..16 each."""
-    data = load_digits()
-    return SVC(gamma=0.001).fit(data.data, data.target)
-
-
-def shrink(pictures: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Pictures [n, 32, 32, 3] in 0..1 as the recogniser reads them: [n, 64]."""
-    n, cells = len(pictures), SIDE // 8
-    grey = pictures.mean(axis=-1).reshape(n, 8, cells, 8, cells)
-    small: NDArray[np.float64] = grey.mean(axis=(2, 4)).reshape(n, 64) * 16.0
-    return small
-
-
-def recognised(pipeline: Any, n: int) -> int:
-    """How many of n digits, drawn in turn, are taken for what they were to be."""
-    pipeline.set_progress_bar_config(disable=True)
-    asked = [i % len(NAMES) for i in range(n)]
-    prompts = [WORDINGS[0].format(NAMES[digit]) for digit in asked]
-    seed = torch.Generator().manual_seed(1)
-    drawn = pipeline(prompts, guidance_scale=4.0, num_inference_steps=20, output_type="np", generator=seed).images
-    return int((recogniser().predict(shrink(drawn)) == np.array(asked)).sum())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
