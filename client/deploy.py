@@ -10,20 +10,30 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, overload
 
 from client import local
 from client.channel import Endpoint, Tls, is_local
+from client.classify import Classify
 from client.control import HOW_TO_START, Control, Model
+from client.embed import Embed
 from client.errors import DeadlineExceeded, Error, InvalidInput, ServerError, Unavailable
+from client.fill_mask import FillMask
 from client.generate import Generate
+from client.packages import Tell, check, server_packages
+from client.pipeline import Pipeline
+from client.qa import QuestionAnswering
+from client.rerank import Rerank
 from client.tasks import TASKS, pipeline
+from client.text_to_image import TextToImage
+from client.token_classification import TokenClassification
+from client.zero_shot_image import ZeroShotImage
 
-Tell = Callable[[str], object]
+Folder = str | Path
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,33 @@ class Place:
         return Path(server.repository)
 
 
+@overload
 def deploy(
-    model: str | Path,
-    task: Literal["generate"] = "generate",
+    model: Folder, task: Literal["generate"] = "generate", name: str | None = None, **options: Any
+) -> Generate: ...
+@overload
+def deploy(model: Folder, task: Literal["embed"], name: str | None = None, **options: Any) -> Embed: ...
+@overload
+def deploy(model: Folder, task: Literal["classify"], name: str | None = None, **options: Any) -> Classify: ...
+@overload
+def deploy(model: Folder, task: Literal["qa"], name: str | None = None, **options: Any) -> QuestionAnswering: ...
+@overload
+def deploy(model: Folder, task: Literal["rerank"], name: str | None = None, **options: Any) -> Rerank: ...
+@overload
+def deploy(
+    model: Folder, task: Literal["token_classification"], name: str | None = None, **options: Any
+) -> TokenClassification: ...
+@overload
+def deploy(model: Folder, task: Literal["fill_mask"], name: str | None = None, **options: Any) -> FillMask: ...
+@overload
+def deploy(
+    model: Folder, task: Literal["zero_shot_image"], name: str | None = None, **options: Any
+) -> ZeroShotImage: ...
+@overload
+def deploy(model: Folder, task: Literal["text_to_image"], name: str | None = None, **options: Any) -> TextToImage: ...
+def deploy(
+    model: Folder,
+    task: str = "generate",
     name: str | None = None,
     *,
     tensor_parallel: int = 1,
@@ -69,7 +103,7 @@ def deploy(
     replace: bool = False,
     tell: Tell = lambda line: None,
     **parameters: str | int | float | bool,
-) -> Generate:
+) -> Pipeline:
     """Serve a model (a Hugging Face folder or hub id) as `name` (default: the task's) and return its pipeline, warm.
 
     Model, devices and parameters (the fields of backend.config.EngineConfig) are checked before anything is written.
@@ -90,7 +124,7 @@ def deploy(
         "kv_cache_fraction": kv_cache_fraction,
         **parameters,
     }
-    checked = _check(str(model), task, name, given, tell)
+    checked = check(str(model), task, name, given, tell)
     with Control(place.endpoint) as control:
         if not control.live():
             place = _start(place, end, tell)
@@ -98,7 +132,8 @@ def deploy(
         tell(f"{name}: loading at {place.address}")
         with _written(place.folder(), task, name, checked, replace):
             _load(control, name, end)
-    return pipeline(task, name, host, port, tls=tls, headers=headers)
+    made: Pipeline = pipeline(cast(Any, task), name, host, port, tls=tls, headers=headers)
+    return made
 
 
 def undeploy(
@@ -137,44 +172,6 @@ def models(
         return sorted(control.models(), key=lambda model: (model.name, model.version))
 
 
-def _check(model: str, task: str, name: str, given: Mapping[str, Any], tell: Tell) -> dict[str, str]:
-    """The parameters as text, once model and devices are known to fit them."""
-    with _server_packages():
-        from backend import checkpoint, repository, samples
-        from backend.config import EngineConfig
-
-        parameters = {key: _text(value) for key, value in given.items() if value is not None}
-        repository.check_name(name)
-        EngineConfig.from_parameters({"model": model, **parameters})  # before a download
-        parameters = {"model": samples.locate(model, task), **parameters}
-        for line in checkpoint.check(EngineConfig.from_parameters(parameters)).report():
-            tell(f"{name}: {line}")
-    return parameters
-
-
-@contextmanager
-def _server_packages() -> Iterator[None]:
-    """Errors of the backend as ours."""
-    try:
-        from backend.errors import ServingError
-    except ImportError as error:
-        raise _packages_missing(error) from None
-    try:
-        yield
-    except ServingError as error:
-        raise InvalidInput(" ".join(str(error).split())) from None
-    except ImportError as error:
-        raise _packages_missing(error) from None
-
-
-def _packages_missing(error: ImportError) -> InvalidInput:
-    return InvalidInput(f"deploying needs the server's packages ({error}): pip install 'tritonspeed[server]'")
-
-
-def _text(value: str | int | float | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _start(place: Place, end: float, tell: Tell) -> Place:
     """Start a server of this machine that outlives this process."""
     if not is_local(place.host):
@@ -204,7 +201,7 @@ def _written(folder: Path, task: str, name: str, parameters: dict[str, str], rep
     from backend import repository
 
     there, kept = folder / name, folder / f".{name}.before"
-    with _server_packages():
+    with server_packages():
         before = repository.origin(folder, name)
         if replace and before is None and there.exists():
             there.rename(kept)  # somebody else's: it comes back if this fails
@@ -212,7 +209,7 @@ def _written(folder: Path, task: str, name: str, parameters: dict[str, str], rep
     try:
         yield
     except BaseException:
-        with _server_packages():
+        with server_packages():
             if before is None:
                 repository.remove(folder, name)
             else:
@@ -240,7 +237,7 @@ def _remove(place: Place, name: str) -> None:
         return  # whoever deployed it had the packages; a client elsewhere only unloads
     if place.repository is None and not (is_local(place.host) and local.find(place.port)):
         return
-    with _server_packages():
+    with server_packages():
         folder = place.folder()
         if repository.origin(folder, name) is not None:
             repository.remove(folder, name)
