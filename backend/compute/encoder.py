@@ -15,6 +15,7 @@ from torch import Tensor
 from backend.checkpoint import Checkpoint, resolve
 from backend.compute.decoder import BUILDS, dtype_of
 from backend.compute.load_encoder import check_split, load_encoder
+from backend.compute.packing import Packing, packable
 from backend.compute.tensor_parallel import connect
 from backend.compute.upload import upload
 from backend.encoders import longest
@@ -23,6 +24,9 @@ from backend.tasks import find
 from backend.tasks.text import Piece, Texts
 
 Arrays = list[NDArray[Any]]
+
+TOLERANCE = 0.05
+"""Packed against padded in half precision, relative to the largest value; a wrong mask shows as far more."""
 
 
 class Encoder:
@@ -45,6 +49,44 @@ class Encoder:
         self._model = load_encoder(self._checkpoint, self._task.auto, birth.world, self._device, dtype)
         check_split(self._model, birth.world)
         self._typed = self._takes_types()
+        self._packing: Packing | None = None
+        if self._device.type == "cuda" and packable(type(self._model), self._model.config, dtype):
+            self._pack()
+
+    def _pack(self) -> None:
+        """Compute without padding, once a trial has shown that the result stays."""
+        trial = self._trial()
+        before, usual = self._hidden(trial), self._model.config._attn_implementation
+        self._packing = Packing(self._model)
+        try:
+            difference = float((self._hidden(trial) - before).abs().max() / before.abs().max().clamp(min=1e-6))
+            reason = "" if difference < TOLERANCE else f"its result differs by {difference:.3g}"
+        except (RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+        if reason:
+            self._packing.remove()
+            self._packing = None
+            self._model.set_attn_implementation(usual)
+        self._progress(
+            f"texts are padded, since packing them fails: {reason}" if reason else "texts are packed without padding"
+        )
+
+    def _trial(self) -> Texts:
+        """Texts of several lengths."""
+        lengths = [length for length in (37, 3, 128, 1, 64) if length <= self._most()]
+        high = int(self._checkpoint.vocab_size or 1000)
+        ids = (np.arange(sum(lengths)) * 7919 % max(2, high - 1) + 1).astype(np.int32)
+        return Texts(ids, np.zeros_like(ids), np.array(lengths, np.int64), [self._task.warm] * len(lengths))
+
+    @torch.inference_mode()
+    def _hidden(self, batch: Texts) -> Tensor:
+        """What the model makes of a batch, zero where there is padding.  # [n, ...]"""
+        output, mask = self._compute(batch)
+        first: Tensor = output[0].float()
+        return first * mask[..., None] if first.shape[:2] == mask.shape and first.dim() > 2 else first
+
+    def _most(self) -> int:
+        return min(longest(self._checkpoint, self._config.max_model_len), self._config.step_tokens)
 
     def _takes_types(self) -> bool:
         embeddings = dict(self._model.named_modules())
@@ -52,7 +94,7 @@ class Encoder:
 
     def warm_up(self) -> None:
         """The largest micro-batches: one of longest texts, one of many short ones."""
-        most = min(longest(self._checkpoint, self._config.max_model_len), self._config.step_tokens)
+        most = self._most()
         for length in {most, min(16, most)}:
             ids = np.full(length, 1, np.int32)
             piece = Piece(ids, np.zeros(length, np.int32), self._task.warm)
@@ -63,16 +105,25 @@ class Encoder:
     @torch.inference_mode()
     def forward(self, batch: Texts) -> Arrays | Deferred:
         """Run the model and the task's device half: one array a sequence, whatever that half makes of it."""
+        output, mask = self._compute(batch)
+        return self._answer(self._task.forward(output, batch, mask))
+
+    def _compute(self, batch: Texts) -> tuple[Any, Tensor]:
+        """The model's own output, and which tokens are there [n, longest]."""
         mask = _mask(batch.lengths)  # [n, longest]
-        inputs = {"input_ids": _padded(batch.input_ids, mask, self._pad())}
+        inputs = {"input_ids": _padded(batch.input_ids, mask, self._padding())}
         if self._typed:
             inputs["token_type_ids"] = _padded(batch.type_ids, mask, 0)
         here = {name: upload(values, self._device) for name, values in inputs.items()}
         attention = upload(mask.astype(np.int64), self._device)
-        output = self._model(**here, attention_mask=attention)
-        return self._answer(self._task.forward(output, batch, attention))
+        if self._packing:
+            starts = np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32)
+            places = upload(np.flatnonzero(mask), self._device)
+            rows, width = mask.shape
+            self._packing.enter((rows, width), places, upload(starts, self._device))
+        return self._model(**here, attention_mask=attention), attention
 
-    def _pad(self) -> int:
+    def _padding(self) -> int:
         return int(getattr(self._model.config, "pad_token_id", None) or 0)
 
     def _answer(self, values: Tensor) -> Arrays | Deferred:

@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
 """Names of siblings that take the same input, in the order in which models call them."""
 
 

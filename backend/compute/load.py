@@ -208,6 +208,7 @@ def _copy(name: str, place: torch.Tensor, value: torch.Tensor) -> None:
     place.copy_(value)
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module | nn.Parameter | None) -> None:
+    """Replace what is called so, a module or a parameter."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from backend.checkpoint import Checkpoint
+from backend.compute import fused
 from backend.compute.load import build, fill, own_dtypes, put, restore
 from backend.compute.sharding import shard, spans
 from backend.compute.weights import Reader, Recipe, recipes
@@ -53,13 +54,10 @@ def load_encoder(
         _show(model, hidden, device)
         restore(model, buffers, dtypes, device)
         _tie(model, tied)
-        fill(
-            model,
-            wanted,
-            {name: span for name, span in spans(model, False).items() if name not in tied},
-            reader,
-            progress,
-        )
+        parts = {name: span for name, span in spans(model, False).items() if name not in tied}
+        if fused.pays(device, dtype):
+            fused.merge(model)
+        fill(model, wanted, parts, reader, progress)
     return model
 
 
@@ -68,7 +66,7 @@ def _drop_pooler(model: PreTrainedModel, wanted: dict[str, Recipe]) -> None:
     base = model.base_model
     pooler = getattr(base, "pooler", None)
     if base is model and isinstance(pooler, nn.Module) and not any(name.startswith("pooler.") for name in wanted):
-        base.pooler = None
+        put(base, "pooler", None)
 
 
 def _tied(model: PreTrainedModel, wanted: dict[str, Recipe]) -> dict[str, str]:
@@ -93,7 +91,7 @@ def _hide(model: PreTrainedModel) -> dict[str, nn.Module]:
     blocks = {
         id(inner) for module in model.modules() if isinstance(module, nn.ModuleList) for inner in module.modules()
     }
-    hidden = {
+    hidden: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if type(module) is nn.Linear and id(module) not in blocks
     }
     for name in hidden:
