@@ -177,7 +177,7 @@ Fact = tuple[str, Topic, str]
 
 @dataclass(frozen=True)
 class Example:
-    """A question whose answer stands in the context, from character `start` on."""
+    """A question whose answer stands in the context from character `start` on, or nowhere: then it is "" at -1."""
 
     question: str
     context: str
@@ -185,13 +185,19 @@ class Example:
     start: int
 
 
-def examples(seed: int, *, held_out: bool) -> Iterator[Example]:
-    """Without end. What is held out has the last wording of a question, and surnames that training never sees."""
+def examples(seed: int, *, held_out: bool, unanswered: float = 0.0) -> Iterator[Example]:
+    """Without end, a share of them unanswered.
+
+    What is held out has the last wording of a question, and surnames that training never sees.
+    """
     fake, chance = Faker("en_US"), Random(seed)
     fake.seed_instance(seed)
     while True:
         names = dict.fromkeys(_name(fake, held_out) for _ in range(chance.randint(1, 3)))
-        yield _example(_facts(list(names), fake, chance), chance, held_out)
+        facts = _facts(list(names), fake, chance)
+        asked = chance.choice(facts)
+        told = _without(asked, facts, chance) if chance.random() < unanswered else facts
+        yield _example(asked, told, chance, held_out)
 
 
 def _name(fake: Faker, held_out: bool) -> str:
@@ -207,12 +213,20 @@ def _facts(names: list[str], fake: Faker, chance: Random) -> list[Fact]:
     return [(name, topic, topic.value(fake, chance)) for name, topic in topics]
 
 
-def _example(facts: list[Fact], chance: Random, held_out: bool) -> Example:
-    asked, context, start = chance.randrange(len(facts)), "", 0
-    for i, (name, topic, value) in enumerate(facts):
-        before, after = chance.choice(topic.said).replace("{name}", name).split("{value}")
-        start = len(context) + len(before) if i == asked else start
-        context += f"{before}{value}{after} "
-    name, topic, value = facts[asked]
+def _without(asked: Fact, facts: list[Fact], chance: Random) -> list[Fact]:
+    """The facts but this one, half of the time but all of this person."""
+    others = [fact for fact in facts if fact is not asked]
+    strangers = [fact for fact in others if fact[0] != asked[0]]
+    return strangers if strangers and chance.random() < 0.5 else others
+
+
+def _example(asked: Fact, facts: list[Fact], chance: Random, held_out: bool) -> Example:
+    """A sentence for each fact, and a question about one that may not be among them."""
+    context, start = "", -1
+    for fact in facts:
+        before, after = chance.choice(fact[1].said).replace("{name}", fact[0]).split("{value}")
+        start = len(context) + len(before) if fact is asked else start
+        context += f"{before}{fact[2]}{after} "
+    name, topic, value = asked
     question = topic.asked[-1] if held_out else chance.choice(topic.asked[:-1])
-    return Example(question.replace("{name}", name), context.rstrip(), value, start)
+    return Example(question.replace("{name}", name), context.rstrip(), value if start >= 0 else "", start)

@@ -20,6 +20,13 @@ def test_the_answer_stands_where_the_example_says():
         assert example.question.endswith("?") and "{" not in example.question + example.context
 
 
+def test_what_is_unanswered_has_its_answer_nowhere():
+    examples = some(200, held_out=False, unanswered=0.5)
+    unanswered = [example for example in examples if example.start < 0]
+    assert 70 < len(unanswered) < 130 and {example.answer for example in unanswered} == {""}
+    assert all(example.context.endswith(".") for example in unanswered)
+
+
 def test_one_seed_one_text():
     assert some(20, held_out=False) == some(20, held_out=False) != some(20, seed=2, held_out=False)
 
@@ -38,10 +45,14 @@ def test_the_span_found_is_the_likeliest_within_the_context(encoder):
     example = facts.Example("who is ann?", "ann is old", "is old", 4)
     read = qa._read(tokenizer, [example])
     ((first, last),) = qa._ends(read, [example]).tolist()
+    assert qa._ends(read, [facts.Example(example.question, example.context, "", -1)]).tolist() == [[0, 0]]
     logits = torch.zeros(read.input_ids.shape[1], 2)
     logits[first, 0] = logits[last, 1] = 5.0
     logits[1, 0] = logits[2, 1] = 9.0  # in the question: no answer
     assert qa._answer(read, 0, logits, example.context) == "is old"
+    logits[0] = 5.5  # both ends at the first token: no answer
+    assert qa._answer(read, 0, logits, example.context) == ""
+    logits[0] = 0.0
     logits[last, 0] = logits[first, 1] = 7.0  # an end before its start is none
     assert qa._answer(read, 0, logits, example.context) != ""
 
