@@ -77,7 +77,7 @@ def test_the_repository_may_be_named(model, tmp_path, monkeypatch):
     ("options", "named"),
     [
         ({"tensor_parallel": 3}, "2 key/value heads"), ({"modle": 1}, "modle"), ({"dtype": "int3"}, "dtype"),
-        ({"max_model_len": 65}, "64"), ({"name": "../x"}, "name"), ({"task": "embed"}, "available: generate"),
+        ({"max_model_len": 65}, "64"), ({"name": "../x"}, "name"), ({"task": "translate"}, "available: generate"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_is_refused_before_anything_is_written(server, model, options, named):

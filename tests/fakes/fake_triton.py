@@ -16,7 +16,8 @@ import numpy as np
 from tritonclient import utils
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-Rows = dict[str, list[Any]]
+Rows = dict[str, Any]
+"""Values by name: a list becomes [rows, 1], an array is sent as it is."""
 Script = Callable[["Received"], Iterator[Rows | str]]
 
 TYPES = {
@@ -195,13 +196,18 @@ def decode(request: Any, context: grpc.ServicerContext) -> Received:
 def encode(rows: Rows) -> Any:
     response = service_pb2.ModelInferResponse()
     for name, values in rows.items():
-        if name in TYPES:
-            array = np.array(values, TYPES[name]).reshape(-1, 1)
-            raw = array.tobytes()
-        else:
-            array = np.array([value.encode() for value in values], np.object_).reshape(-1, 1)
+        array = values if isinstance(values, np.ndarray) else _column(name, values)
+        if array.dtype == np.object_:
             raw = utils.serialize_byte_tensor(array).item() if array.size else b""
+        else:
+            raw = array.tobytes()
         datatype = utils.np_to_triton_dtype(array.dtype)
         response.outputs.add(name=name, datatype=datatype, shape=array.shape)
         response.raw_output_contents.append(raw)
     return response
+
+
+def _column(name: str, values: list[Any]) -> np.ndarray:
+    if name in TYPES:
+        return np.array(values, TYPES[name]).reshape(-1, 1)
+    return np.array([value.encode() for value in values], np.object_).reshape(-1, 1)
