@@ -1,4 +1,4 @@
-"""Encoder: a rank's worker for tasks over text; micro-batches in, one array a sequence out. It does not know requests."""
+"""Encoder: a rank's worker for tasks over text: micro-batches in, one array a sequence out. It knows no requests."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class Encoder:
         dtype = dtype_of(config, self._checkpoint)
         self._model = load_encoder(self._checkpoint, self._task.auto, birth.world, self._device, dtype)
         check_split(self._model, birth.world)
-        self._typed = self._takes_types()
+        self._model.config.use_cache = False  # decoders that embed would keep keys and values
+        self._types = self._kinds()
         self._packing: Packing | None = None
         if self._device.type == "cuda" and packable(type(self._model), self._model.config, dtype):
             self._pack()
@@ -88,9 +89,11 @@ class Encoder:
     def _most(self) -> int:
         return min(longest(self._checkpoint, self._config.max_model_len), self._config.step_tokens)
 
-    def _takes_types(self) -> bool:
-        embeddings = dict(self._model.named_modules())
-        return any(name.endswith("token_type_embeddings") for name in embeddings)
+    def _kinds(self) -> int:
+        """How many kinds of tokens the model tells apart; 0: it does not ask."""
+        named = self._model.named_modules()
+        tables = [module for name, module in named if name.endswith("token_type_embeddings")]
+        return int(tables[0].weight.shape[0]) if tables else 0
 
     def warm_up(self) -> None:
         """The largest micro-batches: one of longest texts, one of many short ones."""
@@ -112,8 +115,8 @@ class Encoder:
         """The model's own output, and which tokens are there [n, longest]."""
         mask = _mask(batch.lengths)  # [n, longest]
         inputs = {"input_ids": _padded(batch.input_ids, mask, self._padding())}
-        if self._typed:
-            inputs["token_type_ids"] = _padded(batch.type_ids, mask, 0)
+        if self._types:  # roberta knows one kind, whatever its tokenizer says of pairs
+            inputs["token_type_ids"] = _padded(np.minimum(batch.type_ids, self._types - 1), mask, 0)
         here = {name: upload(values, self._device) for name, values in inputs.items()}
         attention = upload(mask.astype(np.int64), self._device)
         if self._packing:

@@ -46,7 +46,7 @@ def load_encoder(
     with Reader(checkpoint) as reader:
         wanted = recipes(model, checkpoint, optional=lambda name: bool(_HEADS.search(name)))
         _drop_pooler(model, wanted)
-        tied = _tied(model, wanted)
+        tied = _tied(model, wanted, reader)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         dtypes = own_dtypes(model, dtype)
         hidden = _hide(model)
@@ -69,11 +69,17 @@ def _drop_pooler(model: PreTrainedModel, wanted: dict[str, Recipe]) -> None:
         put(base, "pooler", None)
 
 
-def _tied(model: PreTrainedModel, wanted: dict[str, Recipe]) -> dict[str, str]:
-    """Parameters that share another one's tensor, as transformers ties them. The checkpoint may hold either."""
+def _tied(model: PreTrainedModel, wanted: dict[str, Recipe], reader: Reader) -> dict[str, str]:
+    """Parameters that share another one's tensor, as transformers ties them.
+
+    The checkpoint may hold either; where it holds two that differ they are not tied.
+    """
     tied: dict[str, str] = {}
     for name, source in dict(model.all_tied_weights_keys).items():
         if name in wanted and source in wanted:
+            first, second = (reader.part(wanted[each].names[0]) for each in (name, source))
+            if not torch.equal(first, second):
+                continue
             del wanted[name]  # saved twice
         elif name in wanted:
             wanted[source] = wanted.pop(name)

@@ -56,6 +56,7 @@ class Tokenizer:
         """silent(token_id): whether decode() passes the token over, because it is special or unknown."""
         self._render = cache(self._compile)
         self._cutting: tokenizers.Tokenizer | None = None
+        self._cut_side = str(config.get("truncation_side") or "right")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -90,7 +91,7 @@ class Tokenizer:
         """A text or pair cut to `length` tokens, the special ones included; of a pair the longer text is cut first."""
         cutting = tokenizers.Tokenizer.from_str(self._rust.to_str()) if self._cutting is None else self._cutting
         self._cutting = cutting
-        cutting.enable_truncation(length, strategy="longest_first")
+        cutting.enable_truncation(length, strategy="longest_first", direction=self._cut_side)
         return cutting.encode_batch([text])[0]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""TextTask: what tasks over text share: tokenising, and micro-batches under a token budget. It does not know their heads."""
+"""TextTask: what tasks over text share, tokenising and micro-batches under a token budget. It knows no heads."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Texts:
 
 
 class TextTask:
-    """Base of the text tasks. One thread uses it."""
+    """Base of the text tasks. One thread parses and prepares, another one finishes."""
 
     worker: ClassVar[str] = "backend.compute.encoder:Encoder"
     auto: ClassVar[str]
@@ -63,8 +63,8 @@ class TextTask:
     def forward(output: Any, batch: Texts, mask: Any) -> Any:
         """The device half, run in a rank: what is kept of the model's output.
 
-        `output` is the model's (padded [n, longest, ...] or [n, ...]), `mask` [n, longest] int64; the result is a float32
-        or integer tensor [n, ...], of which `finish` gets each piece's row, padding included.
+        `output` is the model's (padded [n, longest, ...] or [n, ...]), `mask` [n, longest] int64; the result is a
+        float32 or integer tensor [n, ...], of which `finish` gets each piece's row, padding included.
         """
         raise NotImplementedError
 
@@ -80,13 +80,14 @@ class TextTask:
         return self.tokenizer.encodings(texts)
 
     def fit(self, encoding: Any, truncate: bool) -> Any:
-        """The encoding cut to the model's length as transformers does; InvalidInput names both lengths if it may not."""
+        """The encoding if it fits, nothing if it is to be cut; InvalidInput names both lengths where it may not be."""
+        if not encoding.ids:
+            raise InvalidInput("the text is empty: this model's tokenizer makes no tokens of it")
         if len(encoding.ids) <= self.longest:
             return encoding
         if not truncate:
-            raise InvalidInput(
-                f"the text has {len(encoding.ids)} tokens, the model takes {self.longest}; shorten it or ask to truncate"
-            )
+            long = f"the text has {len(encoding.ids)} tokens, the model takes {self.longest}"
+            raise InvalidInput(f"{long}; shorten it or ask to truncate")
         return None  # the caller encodes again with truncation
 
     def encode_truncated(self, texts: Sequence[str | tuple[str, str]], truncate: Sequence[bool]) -> list[Any]:
@@ -94,10 +95,17 @@ class TextTask:
         found: list[Any] = []
         for text, encoding, may in zip(texts, self.encode(texts), truncate, strict=True):
             try:
-                found.append(self.fit(encoding, may) or self.tokenizer.truncated(text, self.longest))
+                found.append(self._known(self.fit(encoding, may) or self.tokenizer.truncated(text, self.longest)))
             except InvalidInput as error:
                 found.append(error)
         return found
+
+    def _known(self, encoding: Any) -> Any:
+        """The encoding; InvalidInput for a token that the model has no embedding of, which would end the ranks."""
+        most = self.checkpoint.vocab_size
+        if self.tokenizer.vocab_size > most > 0 and max(encoding.ids) >= most:
+            raise InvalidInput(f"the text has the token {max(encoding.ids)}, the model knows {most} tokens")
+        return encoding
 
     @staticmethod
     def piece(encoding: Any, options: dict[str, Any] | None = None, notes: Any = None) -> Piece:
