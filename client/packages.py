@@ -17,7 +17,7 @@ Tell = Callable[[str], object]
 def check(model: str, task: str, name: str, given: Mapping[str, Any], tell: Tell) -> dict[str, str]:
     """The parameters as text, once model and devices are known to fit them."""
     with server_packages():
-        from backend import checkpoint, repository, samples, tasks
+        from backend import checkpoint, devices, repository, samples, tasks
         from backend.config import EngineConfig
 
         parameters = {key: _text(value) for key, value in given.items() if value is not None}
@@ -29,7 +29,7 @@ def check(model: str, task: str, name: str, given: Mapping[str, Any], tell: Tell
             for line in checkpoint.check(config).report():
                 tell(f"{name}: {line}")
         else:
-            tasks.find(task)(checkpoint.resolve(config.model, checkpoint.root()), config)
+            tasks.find(task)(checkpoint.resolve(config.model, checkpoint.root()), devices.resolved(config))
     return parameters
 
 

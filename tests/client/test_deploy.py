@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_encoders
 from fake_triton import FakeTriton, serving
 from safetensors.numpy import save_file
 
 from backend import repository
-from client import deploy, local, models, undeploy
+from client import Embed, deploy, local, models, undeploy
 from client.cli import main
 from client.control import reason
 from client.errors import DeadlineExceeded, Error, InvalidInput, ServerError, Unavailable
@@ -62,6 +63,19 @@ def test_deploy_checks_writes_loads_and_returns_the_pipeline(server, model):
         {"model": str(model), "tensor_parallel": "1", "max_model_len": "32", "prefix_cache": "false"},
     )
     assert any("llama" in line for line in told)
+
+
+def test_another_task_is_checked_by_itself(server, tmp_path, capsys):
+    where = ["--host", "127.0.0.1", "--port", str(server.port)]
+    folder = tiny_encoders.write(tmp_path / "bert")
+    assert main(["deploy", str(folder), "--task", "embed", "--name", "vectors", *where]) == 0
+    assert f"try: tritonspeed embed --name vectors --port {server.port} 'Hello'" in capsys.readouterr().err
+    assert repository.origin(server.repository, "vectors").task == "embed"
+    with deploy(folder, "embed", **at(server)) as pipe:
+        assert isinstance(pipe, Embed)
+    with pytest.raises(InvalidInput, match="3 ranks"):
+        deploy(folder, "embed", name="b", tensor_parallel=3, **at(server))
+    assert repository.origin(server.repository, "b") is None
 
 
 def test_the_repository_may_be_named(model, tmp_path, monkeypatch):
