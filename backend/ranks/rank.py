@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
@@ -47,7 +48,8 @@ class Rank:
 
     def __init__(self, connection: Connection, birth: Birth) -> None:
         self._connection = connection
-        self._answers: SimpleQueue[Deferred] = SimpleQueue()
+        self._answers: SimpleQueue[Callable[[], tuple[str, Any]]] = SimpleQueue()
+        self._deferred, self._answered = 0, 0  # one thread counts each
         self._lock = threading.Lock()
         module, _, name = birth.worker.partition(":")
         self._worker = getattr(importlib.import_module(module), name)(birth, self._progress)
@@ -58,15 +60,22 @@ class Rank:
         self._send("ok", None)
         while True:
             method, arguments = self._connection.recv()
-            answer = attempt(lambda: getattr(self._worker, method)(*arguments))  # noqa: B023 (called at once)
-            if answer[0] == "ok" and callable(answer[1]):
-                self._answers.put(answer[1])
+            kind, answer = attempt(lambda: getattr(self._worker, method)(*arguments))  # noqa: B023 (called at once)
+            if kind == "ok" and callable(answer):
+                self._defer(partial(attempt, answer))
+            elif self._deferred != self._answered:  # it must not overtake an answer to an earlier question
+                self._defer(partial(tuple, (kind, answer)))
             else:
-                self._send(*answer)
+                self._send(kind, answer)
+
+    def _defer(self, answer: Callable[[], tuple[str, Any]]) -> None:
+        self._deferred += 1
+        self._answers.put(answer)
 
     def _answer_deferred(self) -> None:
         while True:
-            self._send(*attempt(self._answers.get()))
+            self._send(*self._answers.get()())
+            self._answered += 1
 
     def _progress(self, text: str) -> None:
         self._send("progress", text)

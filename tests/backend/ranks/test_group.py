@@ -61,6 +61,13 @@ def test_a_deferred_answer_does_not_hold_up_the_next_question(group):
     assert group.receive(5) == ["slow", "slow"]
 
 
+def test_an_immediate_answer_does_not_overtake_a_deferred_one(group):
+    group.send("deferred", 0.3, "first")
+    group.send("add", 1, 2)
+    group.send("deferred", 0.0, "third")
+    assert [group.receive(5) for _ in range(3)] == [["first", "first"], [3, 4], ["third", "third"]]
+
+
 def test_progress_is_reported_in_lines():
     lines = []
     group = make(2, lines)

@@ -1,0 +1,292 @@
+"""Service against a task without a model: one answer a request whatever fails, and the right one."""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backend.config import EngineConfig
+from backend.errors import EngineDown, InvalidInput, LoadError, ServingError
+from backend.tasks import TASKS
+from backend.tasks.service import Service
+
+FAKES = Path(__file__).parents[2] / "fakes"
+
+
+class Asked:
+    """One request, and every answer that it got."""
+
+    def __init__(self, *rows, unsendable=False):
+        self._rows, self._unsendable = rows, unsendable
+        self.got, self.done = [], threading.Event()
+
+    def rows(self):
+        return list(self._rows)
+
+    def answer(self, outputs):
+        if self._unsendable:
+            raise TypeError("no such tensor")
+        self._take(outputs)
+
+    def fail(self, error):
+        self._take(error)
+
+    def _take(self, outcome):
+        self.got.append(outcome)
+        self.done.set()
+
+    def one(self, seconds=20):
+        """The answer."""
+        assert self.done.wait(seconds), "never answered"
+        return self.got[0]
+
+    def doubled(self):
+        return self.one()["doubled"].tolist()
+
+
+def ask(*numbers, how="", **more):
+    return Asked({"numbers": list(numbers), "how": how}, **more)
+
+
+@pytest.fixture(autouse=True)
+def _toy_is_importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FAKES))
+    monkeypatch.setenv("TRITONSPEED_PYTHON", sys.executable)
+    monkeypatch.syspath_prepend(str(FAKES))
+    monkeypatch.setitem(TASKS, "toy", "toy_task:ToyTask")
+
+
+@pytest.fixture
+def make(tmp_path):
+    made = []
+
+    def make(**settings):
+        settings = {"device": "cpu", "threads": 1, "restart_backoff": 0.01, **settings}
+        made.append(Service("toy", EngineConfig(model=str(tmp_path), **settings), lambda line: None))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.close()
+
+
+@pytest.fixture
+def service(make):
+    service = make()
+    service.start()
+    return service
+
+
+def recovered(service):
+    deadline = time.monotonic() + 20
+    while not service.healthy:
+        assert time.monotonic() < deadline, service._down
+        time.sleep(0.01)
+    return service
+
+
+def test_answers_belong_to_their_requests_and_rows(make):
+    service = make(tensor_parallel=2)
+    service.start()
+    several = Asked({"numbers": [1, 2]}, {"numbers": [3, 4]})
+    service.serve([several, ask(5, 6, 7, 8), last := ask(9)])
+    assert several.doubled() == [[2, 4], [6, 8]]
+    assert last.doubled() == [[18]]
+
+
+def test_a_request_without_pieces_is_answered_too(service):
+    service.serve([empty := ask()])
+    assert empty.doubled() == [[]]
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "words"),
+    [
+        ("unparsable", InvalidInput, "how is wrong"),
+        ("refused", InvalidInput, "too long"),
+        ("prepare", ValueError, "prepare broke"),
+        ("finish", ValueError, "finish broke"),
+    ],
+)
+def test_a_bad_request_fails_alone(service, how, error, words):
+    service.serve([first := ask(1), bad := ask(2, 3, how=how), last := ask(4, 5, 6)])
+    with pytest.raises(error, match=words):
+        raise bad.one()
+    assert first.doubled() == [[2]]
+    assert last.doubled() == [[8, 10, 12]]
+
+
+def test_rows_that_do_not_go_together_fail_their_request_alone(service):
+    service.serve([uneven := Asked({"numbers": [1]}, {"numbers": [2, 3]}), good := ask(4)])
+    assert isinstance(uneven.one(), InvalidInput)
+    assert good.doubled() == [[8]]
+
+
+@pytest.mark.parametrize("how", ["batch", "join", "fewer", "lost"])
+def test_a_fault_of_the_task_fails_its_job_and_leaves_the_ranks_alone(service, how):
+    pids = service.pids
+    service.serve([bad := ask(1, 2, 3, 4, 5, how=how)])
+    assert isinstance(bad.one(), Exception)
+    service.serve([good := ask(6)])
+    assert good.doubled() == [[12]]
+    assert service.pids == pids
+    assert len(bad.got) == 1
+
+
+def test_an_answer_that_cannot_be_sent_becomes_an_error(service):
+    service.serve([bad := ask(1, unsendable=True), good := ask(2)])
+    assert isinstance(bad.one(), TypeError)
+    assert good.doubled() == [[4]]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("raise", "ValueError: the rank broke"), ("die", "exit status 3"), ("hang", "not answered for 0.5 s")],
+)
+def test_after_a_failure_of_the_ranks_all_get_errors_and_the_next_is_served(make, how, words):
+    service = make(step_timeout=0.5 if how == "hang" else 20.0, tensor_parallel=2)
+    service.start()
+    service.serve([bad := ask(1, 2, 3, 4, how=how), with_it := ask(5)])
+    for each in (bad, with_it):
+        with pytest.raises(EngineDown, match=words):
+            raise each.one()
+    recovered(service).serve([good := ask(6)])
+    assert good.doubled() == [[12]]
+    assert [len(each.got) for each in (bad, with_it, good)] == [1, 1, 1]
+
+
+def test_what_waits_while_the_ranks_die_is_answered_once(service):
+    """One computing, one in the queue, one whose caller is blocked."""
+    asked = [ask(1, how="slow") for _ in range(6)] + [ask(2, how="die")] + [ask(3) for _ in range(4)]
+    threads = [threading.Thread(target=service.serve, args=([each],)) for each in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    for each in asked:
+        each.one()
+    assert {len(each.got) for each in asked} == {1}
+    assert any(isinstance(each.got[0], EngineDown) for each in asked)
+
+
+def test_a_death_while_idle_is_noticed(service):
+    os.kill(service.pids[0], signal.SIGKILL)
+    while service.healthy:
+        time.sleep(0.01)
+    recovered(service).serve([good := ask(1)])
+    assert good.doubled() == [[2]]
+
+
+def test_ranks_that_cannot_be_started_again_leave_the_model_down(make):
+    service = make(max_restarts=2, max_waiting=8)
+    service.start()
+    service.serve([bad := ask(1, how="die")])
+    assert isinstance(bad.one(), EngineDown)
+    while "for good" not in service._down:
+        time.sleep(0.01)
+    service.serve([late := ask(1)])
+    with pytest.raises(EngineDown, match="failed for good"):
+        raise late.one()
+    assert not service.healthy
+
+
+def test_a_job_that_slips_in_when_all_is_lost_is_failed(make, monkeypatch):
+    service = make(max_restarts=0)
+    service.start()
+    service.serve([ask(1, how="die")])
+    while "for good" not in service._down:
+        time.sleep(0.01)
+    monkeypatch.setattr(service, "_reason", lambda: "")  # as if it had looked a moment earlier
+    service.serve([late := ask(1)])
+    assert isinstance(late.one(), EngineDown)
+
+
+def test_close_answers_what_is_open_and_what_comes_later(make, monkeypatch):
+    service = make()
+    service.start()
+    asked = [ask(*range(30), how="slow") for _ in range(4)]
+    threads = [threading.Thread(target=service.serve, args=([each],)) for each in asked]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    service.close()
+    for thread in threads:
+        thread.join(20)
+    for each in asked:
+        with pytest.raises(EngineDown, match="unloaded"):
+            raise each.one()
+    monkeypatch.setattr(service, "_reason", lambda: "")
+    service.serve([late := ask(1)])
+    assert isinstance(late.one(), EngineDown)
+    assert {len(each.got) for each in [*asked, late]} == {1}
+    assert service.pids == []
+
+
+def test_close_while_loading_ends_the_start(make):
+    service = make(max_waiting=7)
+    threading.Timer(0.3, service.close).start()
+    with pytest.raises((EngineDown, LoadError)):
+        service.start()
+    service.serve([late := ask(1)])
+    assert isinstance(late.one(), EngineDown)
+    assert not service.healthy
+
+
+def test_close_beside_a_hung_rank_does_not_wait_for_it(make, monkeypatch):
+    monkeypatch.setattr("backend.tasks.service.CLOSING", 0.3)
+    service = make(tensor_parallel=2)
+    service.start()
+    service.serve([open_ := ask(1, how="hang")])
+    time.sleep(1.0)  # rank 1 has answered: the thread waits for rank 0
+    service.close()
+    assert isinstance(open_.one(1), EngineDown)
+
+
+def test_the_backoff_of_a_model_that_keeps_failing_stays_a_number(make):
+    service = make(restart_backoff=0.0)
+    service.start()
+    service._failures = 5000
+    service.serve([ask(1, how="die")])
+    while service.healthy:
+        time.sleep(0.01)
+    recovered(service)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_requests_from_several_threads_get_what_each_gets_alone(make, seed):
+    service, rng = make(), random.Random(seed)
+    service.start()
+    hows = ["", "", "", "", "deferred", "finish", "refused", "unparsable"]
+    batches = [[_random(rng, hows) for _ in range(rng.randint(1, 6))] for _ in range(40)]
+    threads = [threading.Thread(target=_serve_all, args=(service, batches[at::3])) for at in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for each in [each for batch in batches for each in batch]:
+        _check(each)
+
+
+def _random(rng, hows):
+    return ask(*(rng.randint(0, 99) for _ in range(rng.randint(0, 9))), how=rng.choice(hows))
+
+
+def _serve_all(service, batches):
+    for batch in batches:
+        service.serve(batch)
+
+
+def _check(asked):
+    outcome, (row,) = asked.one(), asked.rows()
+    assert len(asked.got) == 1
+    if row["how"] in ("", "deferred"):
+        np.testing.assert_array_equal(outcome["doubled"], [[2.0 * number for number in row["numbers"]]])
+    else:
+        assert isinstance(outcome, (ServingError, ValueError))
