@@ -94,6 +94,15 @@ class Tokenizer:
         cutting.enable_truncation(length, strategy="longest_first", direction=self._cut_side)
         return cutting.encode_batch([text])[0]
 
+    @property
+    def marks_subwords(self) -> bool:
+        """Whether tokens that go on with a word say so by a prefix, as WordPiece's do."""
+        return bool(getattr(self._rust.model, "continuing_subword_prefix", None))
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """The text of tokens by their names."""
+        return str(self._rust.decoder.decode([*tokens])) if self._rust.decoder else " ".join(tokens)
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         text = self.decode_raw(token_ids, skip_special_tokens)
         return clean_up(text) if self.cleans_up else text
