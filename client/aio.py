@@ -9,12 +9,12 @@ from contextlib import suppress
 from typing import Protocol
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from client.channel import Endpoint, connect_async
 from client.errors import Cancelled, Error
 from client.limits import Attempts, Limits
-from client.transport import Request, Response, stamp_timeout, translate, unwrap
+from client.transport import Opener, Request, Response, opener, stamp_timeout, translate, unwrap
 
 
 class AsyncResponses(Protocol):
@@ -37,13 +37,13 @@ class AsyncTransport(Protocol):
 
 
 class AsyncGrpcTransport:
-    """gRPC channels to the addresses of an endpoint, for the event loop that uses it first."""
+    """As `client.transport.GrpcTransport`, for the event loop that uses it first."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._stubs: dict[int, service_pb2_grpc.GRPCInferenceServiceStub] = {}
+    def __init__(self, endpoint: Endpoint, streamed: bool = True) -> None:
+        self._openers: dict[int, Opener] = {}
         self._channels: list[grpc.aio.Channel] = []
         self._turns = itertools.count()
-        self.endpoint = endpoint
+        self.endpoint, self.streamed = endpoint, streamed
         self.metadata = endpoint.metadata
 
     def infer(self, request: Request, limits: Limits) -> AsyncGrpcResponses:
@@ -51,16 +51,16 @@ class AsyncGrpcTransport:
         attempts = Attempts(len(self.endpoint.addresses), limits, start=next(self._turns))
         return AsyncGrpcResponses(self, request, attempts)
 
-    def stub(self, address: int) -> service_pb2_grpc.GRPCInferenceServiceStub:
-        """The service at an address, by its number."""
-        if address not in self._stubs:
+    def opener(self, address: int) -> Opener:
+        """What makes calls to an address, by its number."""
+        if address not in self._openers:
             self._channels.append(connect_async(self.endpoint, self.endpoint.addresses[address]))
-            self._stubs[address] = service_pb2_grpc.GRPCInferenceServiceStub(self._channels[-1])
-        return self._stubs[address]
+            self._openers[address] = opener(self._channels[-1], self.streamed)
+        return self._openers[address]
 
     async def close(self) -> None:
         """Close the connections; requests still running are cancelled."""
-        self._stubs.clear()
+        self._openers.clear()
         while self._channels:
             await self._channels.pop().close()
 
@@ -70,7 +70,7 @@ class AsyncGrpcResponses:
 
     def __init__(self, transport: AsyncGrpcTransport, request: Request, attempts: Attempts) -> None:
         self._transport, self._request, self._attempts = transport, request, attempts
-        self._call: grpc.aio.StreamStreamCall | None = None
+        self._call: grpc.aio.Call | None = None
         self._messages: AsyncIterator[service_pb2.ModelStreamInferResponse] | None = None
         self._begun = self._closed = False
 
@@ -122,8 +122,8 @@ class AsyncGrpcResponses:
     def _open(self) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
         left = self._attempts.remaining()
         stamp_timeout(self._request, left)
-        stub = self._transport.stub(self._attempts.address)
-        self._call = stub.ModelStreamInfer(iter((self._request,)), timeout=left, metadata=self._transport.metadata)
+        call = self._transport.opener(self._attempts.address)
+        self._call = call(self._request, timeout=left, metadata=self._transport.metadata)
         return aiter(self._call)
 
 

@@ -113,11 +113,12 @@ _ADVICE_BY_CODE = {
 _TRITON = (
     (re.compile(r"unknown model: .* is not found"), "NOT_FOUND"),
     (re.compile(r"has no available versions|is not at ready state"), "UNAVAILABLE"),
-    (re.compile(r"Exceeds maximum queue size"), "RESOURCE_EXHAUSTED"),
-    (re.compile(r"Request timeout expired"), "DEADLINE_EXCEEDED"),
     (re.compile(r"inference input|unexpected shape|expected \d+ inputs|batch[- ]size"), "INVALID_ARGUMENT"),
 )
 """Triton's own refusals by their text, as streamed requests get them: all with the status INTERNAL."""
+
+_QUEUE = {"Exceeds maximum queue size": "Overloaded", "Request timeout expired": "DeadlineExceeded"}
+"""What Triton's dynamic batcher says, and the backend's name for it."""
 
 _NOISE = re.compile(r"^\[request id: <id_unknown>\] | NOTE: .*", re.DOTALL)
 
@@ -140,14 +141,21 @@ def failure(code: str, message: str, address: str = "") -> Error:
 
 
 def _true_code(message: str) -> str:
-    if opening := _OPENING.search(message):
-        return _CODE_BY_NAME.get(opening[1], "INTERNAL")
+    if named := _named(message):
+        return _CODE_BY_NAME.get(named[0], "INTERNAL")
     return next((true for text, true in _TRITON if text.search(message)), "INTERNAL")
 
 
 def _classify(code: str, message: str) -> tuple[type[Error], str]:
-    if opening := _OPENING.search(message):
-        return _BY_NAME[opening[1]], opening[2]
+    if named := _named(message):
+        return _BY_NAME[named[0]], named[1]
     if code == "RESOURCE_EXHAUSTED" and "larger than max" in message:
         return InvalidInput, message
     return _BY_CODE.get(code, ServerError), message
+
+
+def _named(message: str) -> tuple[str, str] | None:
+    """The backend's name for an error, and the text, where a message tells."""
+    if opening := _OPENING.search(message):
+        return opening[1], opening[2]
+    return next(((name, message) for text, name in _QUEUE.items() if text in message), None)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self, Unpack, overload
+from typing import Any, ClassVar, Self, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,8 @@ class Delta(str):
 class Generate(Pipeline):
     """Text generation, blocking."""
 
+    streamed: ClassVar[bool] = True
+
     @overload
     def __call__(self, prompt: Prompts, *, n: int, **options: Unpack[Options]) -> list[list[Generated]]: ...
     @overload
@@ -120,6 +122,8 @@ class Generate(Pipeline):
 
 class AsyncGenerate(AsyncPipeline):
     """Text generation for asyncio."""
+
+    streamed: ClassVar[bool] = True
 
     @overload
     async def __call__(self, prompt: Prompts, *, n: int, **options: Unpack[Options]) -> list[list[Generated]]: ...

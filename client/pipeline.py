@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from client.aio import AsyncTransport
 from client.errors import InvalidInput
@@ -37,6 +37,9 @@ class Call(Generic[Result]):
 
 class _Base:
     """What both types share: the model's name, the limits."""
+
+    streamed: ClassVar[bool] = False
+    """Whether its models may answer many times."""
 
     def __init__(self, name: str, limits: Limits, concurrency: int) -> None:
         if concurrency < 1:

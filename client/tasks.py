@@ -5,7 +5,7 @@ A new task is one file like `client.embed`, its lines in TASKS and ASYNC_TASKS, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from client.aio import AsyncGrpcTransport, AsyncTransport
@@ -27,7 +27,7 @@ from client.zero_shot_image import AsyncZeroShotImage, ZeroShotImage
 Kind = TypeVar("Kind")
 Name = str | None
 
-TASKS: dict[str, Callable[[str, Transport, Limits, int], Pipeline]] = {
+TASKS: dict[str, type[Pipeline]] = {
     "generate": Generate,
     "embed": Embed,
     "classify": Classify,
@@ -38,7 +38,7 @@ TASKS: dict[str, Callable[[str, Transport, Limits, int], Pipeline]] = {
     "zero_shot_image": ZeroShotImage,
     "text_to_image": TextToImage,
 }
-ASYNC_TASKS: dict[str, Callable[[str, AsyncTransport, Limits, int], AsyncPipeline]] = {
+ASYNC_TASKS: dict[str, type[AsyncPipeline]] = {
     "generate": AsyncGenerate,
     "embed": AsyncEmbed,
     "classify": AsyncClassify,
@@ -142,7 +142,7 @@ def pipeline(
     """
     kind = _find(TASKS, task)
     endpoint, limits, concurrency = _settings(host, port, **options)
-    return kind(name or task, transport or GrpcTransport(endpoint), limits, concurrency)
+    return kind(name or task, transport or GrpcTransport(endpoint, kind.streamed), limits, concurrency)
 
 
 @overload
@@ -199,7 +199,7 @@ def async_pipeline(
     """`pipeline` for asyncio."""
     kind = _find(ASYNC_TASKS, task)
     endpoint, limits, concurrency = _settings(host, port, **options)
-    return kind(name or task, transport or AsyncGrpcTransport(endpoint), limits, concurrency)
+    return kind(name or task, transport or AsyncGrpcTransport(endpoint, kind.streamed), limits, concurrency)
 
 
 def _settings(

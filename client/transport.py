@@ -1,16 +1,17 @@
 """Transport: the seam of one method, `infer`, between pipelines and the network; here over gRPC, blocking.
 
-It does not know what the tensors mean. Each request is a ModelStreamInfer call of its own, so that it has its own
-deadline and its own cancellation (Triton ends every request of a call that is cancelled).
+It does not know what the tensors mean. Each request is a call of its own, so that it has its own deadline and its own
+cancellation (Triton ends every request of a call that is cancelled): ModelStreamInfer for models that may answer many
+times, ModelInfer for the others, since Triton 2.51 fails streamed requests to models with a response cache.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -22,6 +23,8 @@ from client.watchdog import Watchdog
 
 Request: TypeAlias = service_pb2.ModelInferRequest
 Response: TypeAlias = service_pb2.ModelInferResponse
+Opener = Callable[..., Any]
+"""From a request, timeout and metadata: the call, to be read message by message."""
 
 
 class Responses(Protocol):
@@ -45,14 +48,17 @@ class Transport(Protocol):
 
 
 class GrpcTransport:
-    """gRPC channels to the addresses of an endpoint, opened when first used. Threads may share it."""
+    """gRPC channels to the addresses of an endpoint, opened when first used. Threads may share it.
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._stubs: dict[int, service_pb2_grpc.GRPCInferenceServiceStub] = {}
+    `streamed`: for models that may answer many times.
+    """
+
+    def __init__(self, endpoint: Endpoint, streamed: bool = True) -> None:
+        self._openers: dict[int, Opener] = {}
         self._channels: list[grpc.Channel] = []
         self._opening = threading.Lock()
         self._turns = itertools.count()
-        self.endpoint = endpoint
+        self.endpoint, self.streamed = endpoint, streamed
         self.watchdog = Watchdog()
         self.metadata = endpoint.metadata  # never triton_grpc_error: errors that come at once then crash Triton 2.51
 
@@ -61,20 +67,20 @@ class GrpcTransport:
         attempts = Attempts(len(self.endpoint.addresses), limits, start=next(self._turns))
         return GrpcResponses(self, request, attempts)
 
-    def stub(self, address: int) -> service_pb2_grpc.GRPCInferenceServiceStub:
-        """The service at an address, by its number."""
+    def opener(self, address: int) -> Opener:
+        """What makes calls to an address, by its number."""
         with self._opening:
-            if address not in self._stubs:
+            if address not in self._openers:
                 self._channels.append(connect(self.endpoint, self.endpoint.addresses[address]))
-                self._stubs[address] = service_pb2_grpc.GRPCInferenceServiceStub(self._channels[-1])
-            return self._stubs[address]
+                self._openers[address] = opener(self._channels[-1], self.streamed)
+            return self._openers[address]
 
     def close(self) -> None:
         """Close the connections; requests still running are cancelled."""
         with self._opening:
             while self._channels:
                 self._channels.pop().close()
-            self._stubs.clear()
+            self._openers.clear()
 
 
 class GrpcResponses:
@@ -127,8 +133,8 @@ class GrpcResponses:
     def _open(self) -> grpc.Call:
         left = self._attempts.remaining()
         stamp_timeout(self._request, left)
-        stub = self._transport.stub(self._attempts.address)
-        return stub.ModelStreamInfer(iter((self._request,)), timeout=left, metadata=self._transport.metadata)
+        call = self._transport.opener(self._attempts.address)
+        return call(self._request, timeout=left, metadata=self._transport.metadata)
 
     def _expire(self) -> None:
         self._idle = True
@@ -148,6 +154,23 @@ class GrpcResponses:
         self._call = None
         if self._closed.wait(self._attempts.after(error)):
             raise Cancelled("the request was closed here") from error
+
+
+def opener(channel: Any, streamed: bool) -> Opener:
+    """For a channel, blocking or not. ModelInfer's one message is read as a stream's: on the wire they are alike."""
+    if streamed:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return lambda request, **how: stub.ModelStreamInfer(iter((request,)), **how)
+    made: Opener = channel.unary_stream(
+        "/inference.GRPCInferenceService/ModelInfer",
+        request_serializer=Request.SerializeToString,
+        response_deserializer=_alone,
+    )
+    return made
+
+
+def _alone(message: bytes) -> service_pb2.ModelStreamInferResponse:
+    return service_pb2.ModelStreamInferResponse(infer_response=Response.FromString(message))
 
 
 def stamp_timeout(request: Request, seconds: float | None) -> None:

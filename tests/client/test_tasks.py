@@ -6,7 +6,7 @@ from pathlib import Path
 import fake_tasks
 import numpy as np
 import pytest
-from fake_triton import Failure
+from fake_triton import Failure, echo, until
 from PIL import Image
 
 import client
@@ -22,7 +22,7 @@ def ask(server, request):
 
     def ask(task, *arguments, concurrency=16, **options):
         where = {"host": "127.0.0.1", "port": server.port, "concurrency": concurrency, "timeout": 20}
-        server.script = server.script if server.script.__name__ != "echo" else getattr(fake_tasks, task)
+        server.script = getattr(fake_tasks, task) if server.script is echo else server.script
         if request.param == "sync":
             with client.pipeline(task, **where) as pipe:
                 return pipe(*arguments, **options)
@@ -213,9 +213,18 @@ def test_an_answer_of_another_kind_is_refused(server, ask, task):
     server.script = lambda received: iter([{"text_output": ["hello"]}])
     with pytest.raises(ServerError, match="another task"):
         ask(task, *arguments)
-    server.script = lambda received: iter([])
-    with pytest.raises(ServerError, match="0 answers"):
-        ask(task, *arguments)
+
+
+def test_exactly_one_answer_is_taken():
+    class Silent:
+        def infer(self, request, limits):
+            yield from ()
+
+        def close(self):
+            pass
+
+    with client.pipeline("embed", transport=Silent()) as pipe, pytest.raises(ServerError, match="0 answers"):
+        pipe("a")
 
 
 def test_an_answer_of_too_few_rows_is_refused(server, ask):
@@ -246,6 +255,38 @@ def test_a_servers_error_is_ours(server, ask, said, kind):
     server.script = lambda received: iter([said])
     with pytest.raises(kind):
         ask("embed", ["a"] * (MOST + 1))
+
+
+@pytest.mark.parametrize(("message", "tries"), [("EngineDown: restarting", 3), ("Exceeds maximum queue size", 3),
+                                                ("Request timeout expired", 1)])  # fmt: skip
+def test_what_is_tried_again(server, ask, message, tries):
+    def script(received):
+        if len(server.requests) < 3:
+            raise Failure("UNAVAILABLE", message)
+        yield from fake_tasks.embed(received)
+
+    server.script = script
+    if tries == 3:
+        assert ask("embed", "a").shape == (3,)
+    else:
+        with pytest.raises(DeadlineExceeded, match="expired"):
+            ask("embed", "a")
+    assert len(server.requests) == tries
+
+
+def test_tasks_of_one_answer_are_not_streamed(server, ask):
+    ask("embed", "a")
+    assert not server.requests[0].streamed
+    server.script = lambda received: echo(received)
+    ask("generate", "a")
+    assert server.requests[1].streamed
+
+
+def test_a_late_answer_is_waited_for_no_longer(server, ask):
+    server.script = lambda received: iter([received.gone.wait(15)][:0])
+    with pytest.raises(DeadlineExceeded, match=r"0\.3 s; raise timeout="):
+        ask("embed", "a", timeout=0.3)
+    assert until(server.requests[0].gone.is_set)
 
 
 def test_one_failed_request_fails_its_list(server, ask):

@@ -46,6 +46,8 @@ class Received:
     parameters: dict[str, Any]
     metadata: dict[str, str]
     context: grpc.ServicerContext
+    streamed: bool = True
+    """Whether it came by ModelStreamInfer."""
     gone: threading.Event = field(default_factory=threading.Event)
     """Set when the client cancelled or left."""
 
@@ -108,6 +110,19 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def stop(self) -> None:
         self._server.stop(0).wait(5)
+
+    def ModelInfer(self, request, context):
+        received = decode(request, context)
+        received.streamed = False
+        self.requests.append(received)
+        context.add_callback(received.gone.set)
+        try:
+            rows = next(iter(self.script(received)))
+        except Failure as failure:
+            context.abort(failure.code, str(failure))
+        if isinstance(rows, str):
+            context.abort(grpc.StatusCode.INTERNAL, rows)
+        return encode(rows)
 
     def ModelStreamInfer(self, request_iterator, context):
         received = decode(next(request_iterator), context)
