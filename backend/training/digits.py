@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import signal
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -217,4 +218,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word: nothing is half written
     main()
