@@ -15,7 +15,7 @@ Text: TypeAlias = str | tuple[str, str]
 Texts: TypeAlias = list[str] | list[tuple[str, str]]
 
 OPTIONS = table(
-    ("top_k", "int32", "so many labels, best first; 0: all of them"),
+    ("top_k", "int32", "so many labels, best first; otherwise all"),
     ("raw_scores", "bool", "the model's own scores, neither softmax nor sigmoid"),
     ("truncate", "bool", "cut what is too long; otherwise it is an error"),
 )

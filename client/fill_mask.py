@@ -9,7 +9,10 @@ from client.pipeline import AsyncPipeline, Call, Pipeline
 from client.rows import Row, call, is_many, items, texts
 from client.values import table, tensors
 
-OPTIONS = table(("top_k", "int32", "so many tokens, likeliest first"))
+OPTIONS = table(
+    ("top_k", "int32", "so many tokens, likeliest first"),
+    ("truncate", "bool", "cut what is too long; otherwise it is an error"),
+)
 OUTPUTS = ("token_str", "score", "token", "sequence")
 
 
@@ -29,6 +32,7 @@ class Options(TypedDict, total=False):
     """Keyword arguments, all optional; what is not given is as the model has it."""
 
     top_k: int
+    truncate: bool
     timeout: float | None
     """Seconds for each request; None: the pipeline's own."""
 

@@ -25,7 +25,7 @@ def test_nothing_heavy_and_no_backend_is_imported(module):
     code = f"import {module}, sys; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert "client" in loaded and "numpy" in loaded
-    assert not {"torch", "transformers", "deepspeed", "tokenizers", "safetensors", "backend"} & set(loaded)
+    assert not {"torch", "transformers", "deepspeed", "tokenizers", "safetensors", "backend", "PIL"} & set(loaded)
 
 
 @pytest.mark.parametrize("make", [client.pipeline, client.async_pipeline])
