@@ -59,7 +59,8 @@ def run(sample: Sample, arguments: list[Path], line: int = 0) -> None:
     stderr = None if sys.stderr.isatty() else subprocess.PIPE  # a bar is drawn on a terminal alone
     done = subprocess.run(command, check=False, env=_environment(line), stdout=subprocess.DEVNULL, stderr=stderr)
     if done.returncode:
-        reason = (done.stderr or b"see above").decode(errors="replace").strip().splitlines()[-1]
+        said = (done.stderr or b"").decode(errors="replace").strip().splitlines()
+        reason = said[-1] if said else f"ended with status {done.returncode}"
         raise LoadError(f"{sample.name} could not be made: {sample.program}: {reason}")
 
 

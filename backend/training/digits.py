@@ -3,6 +3,9 @@
 It knows how the parts are built and trained; what they learn from is handwriting.py.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+# diffusers' annotations are partial.
+
 from __future__ import annotations
 
 import argparse

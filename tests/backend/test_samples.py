@@ -147,6 +147,12 @@ def test_a_failed_program_says_why_and_which(tmp_path, capfd):
     assert "\n" not in str(error.value)
 
 
+def test_a_program_that_ends_without_a_word_gives_its_status(tmp_path, monkeypatch):
+    monkeypatch.setattr(making.subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, -9, stderr=b" "))
+    with pytest.raises(LoadError, match="^tiny could not be made: backend.compute.convert_gguf: ended with status -9$"):
+        making.run(TINY, [tmp_path])
+
+
 def test_progress_is_no_message():
     assert archive.draw_progress(["Progress 0 of 10\n", "Progress 10 of 10\n", "Saved x\n", "\n"]) == "Saved x"
     assert archive.draw_progress(["ERROR: none\n", "[notice] news\n"]) == "ERROR: none"
