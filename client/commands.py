@@ -131,7 +131,7 @@ def example(task: str) -> str:
 
 
 def show(result: Any) -> str:
-    """A result for people: a line for each part of it, its values between tabs; a vector, or text, as it is."""
+    """A result for people: a line for each of its parts, with tabs between values; a vector, or text, as it is."""
     if isinstance(result, list):
         return "\n".join(map(show, result))
     if isinstance(result, str):
@@ -154,7 +154,8 @@ def _plain(value: Any) -> Any:
 def _runner(each: Command) -> Callable[[Options], None]:
     def run(options: Options) -> None:
         with pipeline(cast(Any, each.task), options.name, timeout=options.timeout, **where(options)) as pipe:
-            for result in each.ask(pipe, options, chosen(options, each.keys)):
-                print(as_json(result) if options.json else show(result), flush=True)
+            for at, result in enumerate(each.ask(pipe, options, chosen(options, each.keys))):
+                gap = "\n" if at and isinstance(result, list) else ""
+                print(as_json(result) if options.json else gap + show(result), flush=True)
 
     return run

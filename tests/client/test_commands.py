@@ -64,7 +64,7 @@ def test_flags_of_a_task(server, run):
 
 
 def test_classify(run):
-    assert run("classify", "good", "bad") == (0, "good\t0.7500\nother\t0.2500\nbad\t0.7500\n", "")
+    assert run("classify", "good", "bad") == (0, "good\t0.7500\nother\t0.2500\n\nbad\t0.7500\n", "")
     assert json.loads(run("classify", "--json", "é")[1]) == [
         {"label": "é", "score": 0.75}, {"label": "other", "score": 0.25},
     ]  # fmt: skip
