@@ -1,0 +1,22 @@
+"""zero_shot_image: images and labels in, scores out. Triton's dynamic batcher gathers, the service makes batches."""
+
+from backend.config import EngineConfig
+from backend.tasks.service import Service
+from backend.triton import Asked, reporter
+
+TASK = "zero_shot_image"
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.service = Service(TASK, EngineConfig.from_triton(args), reporter(args["model_name"]))
+        self.service.start()
+
+    def execute(self, requests):  # answers later, so that the next batch is prepared while this one is computed
+        self.service.serve([Asked(request) for request in requests])
+
+    def is_ready(self):  # asked by Triton 26.03 and later
+        return self.service.healthy
+
+    def finalize(self):
+        self.service.close()
