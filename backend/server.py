@@ -59,6 +59,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--drain-seconds", metavar="S", type=int, default=30, help="for requests in flight at the end (default 30)"
     )
+    how.add_argument(
+        "--cache-mib", metavar="N", type=int, default=64, help="memory for answers that repeat (default 64; 0: none)"
+    )
     how.add_argument("--detach", action="store_true", help="return once it is ready, and leave it running")
     how.add_argument("--verbose", action="store_true", help="everything that tritonserver prints")
     options = parser.parse_args(arguments)
@@ -89,6 +92,8 @@ def serve(options: argparse.Namespace) -> int:
     """From the checks that cost nothing to the last process gone."""
     if options.drain_seconds < 0:
         raise LoadError("--drain-seconds must not be negative")
+    if options.cache_mib < 0:
+        raise LoadError("--cache-mib must not be negative")
     signal.signal(signal.SIGTERM, _interrupt)  # until the child is there to be stopped in order
     installation = tritonserver.find()
     wanted = {"--port": options.port, "--http-port": options.http_port, "--metrics-port": options.metrics_port}
@@ -138,7 +143,7 @@ def _behaviour(options: argparse.Namespace, ports: Ports) -> Options:
     if not ports.loopback and not key:
         key = secrets.token_urlsafe(16)
         _say(f"the server's own APIs (model repository, shared memory, ...) need the header admin-key: {key}")
-    return Options(options.explicit, options.keep_going, options.verbose, options.drain_seconds, key)
+    return Options(options.explicit, options.keep_going, options.verbose, options.drain_seconds, key, options.cache_mib)
 
 
 def watch(child: Child, output: Output, ports: Ports, behaviour: Options, models: Path) -> int:

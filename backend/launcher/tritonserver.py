@@ -126,6 +126,8 @@ class Options:
     verbose: bool = False
     drain_seconds: int = 30
     admin_key: str = ""
+    cache_mib: int = 0
+    """Memory for answers of models whose config.pbtxt says `response_cache`; 0: no cache."""
 
 
 def command(executable: Path, repository: Path, backends: Path | None, ports: Ports, options: Options) -> list[str]:
@@ -146,12 +148,21 @@ def command(executable: Path, repository: Path, backends: Path | None, ports: Po
             line.append("--load-model=*")
     if options.keep_going:
         line += ["--exit-on-error=false", "--strict-readiness=false"]
+    line += _cache(executable, options.cache_mib)
     if options.verbose:
         line.append("--log-verbose=1")
     if not ports.loopback:
         line.append(f"--grpc-restricted-protocol={_PROTECTED}:admin-key={options.admin_key}")
         line.append(f"--http-restricted-api={_PROTECTED}:admin-key={options.admin_key}")
     return line
+
+
+def _cache(executable: Path, mib: int) -> list[str]:
+    """Options for the response cache, where this installation has one: without its library the server would not start."""
+    caches = executable.parent.parent / "caches"
+    if not mib or not (caches / "local" / "libtritoncache_local.so").is_file():
+        return []
+    return [f"--cache-directory={caches}", f"--cache-config=local,size={mib << 20}"]
 
 
 def _addresses(ports: Ports) -> list[str]:
