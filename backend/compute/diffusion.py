@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backend.checkpoint import resolve
+from backend.compute.diffusion_graphs import DenoiserGraphs
 from backend.compute.diffusion_guidance import shared_guidance
 from backend.compute.tensor_parallel import connect
 from backend.config import EngineConfig
@@ -45,6 +46,8 @@ class Diffusion:
         connect(birth.rank, birth.world, self._device, Path(birth.folder))
         self._pipeline = load(resolve(birth.config.model, None), dtype_of(birth.config), self._device)
         self._inpainting = inpainting(self._pipeline)
+        if self._device.type == "cuda" and birth.config.cuda_graphs:
+            DenoiserGraphs(denoiser_of(self._pipeline), self._device)
 
     def warm_up(self) -> None:
         """Two steps of one image, and of one on each rank."""
@@ -62,8 +65,8 @@ class Diffusion:
             if self._world == 1 or self._share_guidance(count):
                 return [*self._draw(batch, shared=self._world > 1)]
             own = range(self._rank, count, self._world)
-            drawn = iter(self._draw(part(batch, own)) if own else [])
-            return [next(drawn) if index in own else None for index in range(count)]
+            images = iter(self._draw(part(batch, own)) if own else [])
+            return [next(images) if index in own else None for index in range(count)]
         except ValueError as error:  # diffusers refuses arguments so; the pipeline goes on
             return [InvalidInput(" ".join(str(error).split())[:500])] * count
         except torch.OutOfMemoryError:
@@ -78,12 +81,16 @@ class Diffusion:
 
     def _draw(self, batch: Batch, shared: bool = False) -> list[Drawn | ServingError | None]:
         pipeline = self._pipeline if batch["images"] is None else self._inpainting
-        denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         rows = 2 * len(batch["prompts"])
-        with shared_guidance(denoiser, rows, self._rank, self._world) if shared else nullcontext():
+        with shared_guidance(denoiser_of(pipeline), rows, self._rank, self._world) if shared else nullcontext():
             output = pipeline(**arguments(pipeline, batch))
         flags = getattr(output, "nsfw_content_detected", None) or [False] * len(batch["prompts"])
         return [drawn(image, flag) for image, flag in zip(output.images, flags, strict=True)]
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """The model that runs once a step."""
+    return getattr(pipeline, "unet", None) or pipeline.transformer
 
 
 def dtype_of(config: EngineConfig) -> torch.dtype:

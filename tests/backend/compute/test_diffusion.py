@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 import tiny_diffusion
 
+DIGITS = Path(__file__).parents[3] / ".cache" / "models" / "digits-diffusion"
 KINDS = ["sd", "sdxl", "sd3", "pixart"]
 PROMPTS = ["a red circle", "the digit three", "a blue square"]
 
@@ -180,6 +181,30 @@ def test_a_folder_of_half_precision_alone(tmp_path):
     assert variant_of(tmp_path / "half") == "fp16"
     half = Diffusion(Birth("", settings(tmp_path / "half"), 0, 1, "", 0), print)
     assert arrays(half.forward(batch())).any()
+
+
+@pytest.mark.skipif(not DIGITS.is_dir(), reason="the digits sample has not been trained here")
+def test_the_digits_sample_is_drawn_to_the_pixel():
+    task = TextToImage(DIGITS, settings(DIGITS))
+    row = {"num_inference_steps": 20, "guidance_scale": 4.0, "num_images_per_prompt": 2}
+    items = [task.parse({**row, "prompt": prompt, "seed": 5}) for prompt in (b"a handwritten three", b"the digit nine")]
+    pieces = [piece for found in task.prepare(items) for piece in found]
+    ours = Diffusion(Birth("", settings(DIGITS), 0, 1, "", 0), print).forward(task.batch(pieces))
+    pipeline = plain(DIGITS)
+    for piece, (image, _) in zip(pieces, ours, strict=True):  # one at a time: nothing shares diffusers' batch
+        given = {"num_inference_steps": 20, "guidance_scale": 4.0, "generator": generators([piece.seed])}
+        assert np.array_equal(image, np.asarray(pipeline(prompt=piece.prompt, **given).images[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_graphs_change_no_pixel(kind, folder):
+    made = [
+        Diffusion(Birth("", settings(folder(kind), device="cuda", cuda_graphs=graphs), 0, 1, "", 0), print)
+        for graphs in (True, False)
+    ]
+    for given in (batch(guidance_scale=3.0), batch(PROMPTS[:1], [4]), batch(guidance_scale=3.0)):
+        assert np.array_equal(*(arrays(worker.forward(given)) for worker in made))
 
 
 @pytest.fixture(scope="module")
