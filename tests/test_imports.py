@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FREE = {"backend.errors", "backend.config", "backend.devices", "backend.checkpoint", "backend.families"}
+FREE = {"backend.errors", "backend.config", "backend.devices", "backend.families"}
+FREE |= {"backend.checkpoint", "backend.model_folder", "backend.encoders"}
 """What everything in backend may import."""
 
 
@@ -26,6 +27,10 @@ def imports(file):
 
 def files(folder):
     return sorted((ROOT / folder).rglob("*.py"))
+
+
+def name(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
 def within(module, *packages):
@@ -53,16 +58,32 @@ def test_only_the_adapter_knows_tritons_python_api(file):
 
 @pytest.mark.parametrize("file", files("backend"), ids=lambda file: str(file.relative_to(ROOT)))
 def test_only_ranks_import_compute(file):
-    inside = within(".".join(file.relative_to(ROOT).with_suffix("").parts), "backend.compute")
-    if not inside:
+    if not within(name(file), "backend.compute", "backend.training"):
         assert not any(within(module, "backend.compute", "torch", "deepspeed") for module in imports(file)), file
 
 
 @pytest.mark.parametrize("file", files("backend/compute"), ids=lambda file: file.name)
 def test_compute_knows_plans_and_ranks_but_not_the_engine(file):
-    allowed = ("backend.compute", "backend.generation.plan", "backend.generation.capacity", "backend.ranks.rank", *FREE)
+    plans, tasks = (
+        ("backend.generation.plan", "backend.generation.capacity"),
+        ("backend.tasks.find", "backend.tasks.text"),
+    )
+    allowed = ("backend.compute", "backend.ranks.rank", *plans, *tasks, *FREE)
     ours = [module for module in imports(file) if within(module, "backend")]
     assert [m for m in ours if not within(m, *allowed) and not any(within(a, m) for a in allowed)] == []
+
+
+@pytest.mark.parametrize("file", files("backend/tasks"), ids=lambda file: file.name)
+def test_tasks_import_neither_torch_nor_transformers_nor_compute(file):
+    forbidden = ("torch", "transformers", "diffusers", "deepspeed", "backend.compute", "backend.triton")
+    assert [module for module in imports(file) if within(module, *forbidden)] == []
+
+
+@pytest.mark.parametrize("folder", ["backend", "client", "model_repository"])
+def test_nobody_imports_the_training_programs(folder):
+    """They run in processes of their own."""
+    outside = [file for file in files(folder) if not within(name(file), "backend.training")]
+    assert [file for file in outside if any(within(module, "backend.training") for module in imports(file))] == []
 
 
 @pytest.mark.parametrize("file", files("client"), ids=lambda file: file.name)
@@ -70,8 +91,12 @@ def test_the_client_needs_no_torch(file):
     assert not any(within(module, "torch", "transformers", "deepspeed") for module in imports(file))
 
 
-@pytest.mark.parametrize("module", ["client", "backend.generation.engine", "backend.generation.request"])
+STUB = [name(file) for file in files("backend/tasks") if file.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("module", ["client", "backend.generation.engine", "backend.generation.request", *STUB])
 def test_what_runs_in_the_stub_and_the_client_loads_nothing_heavy(module):
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'deepspeed') if m in sys.modules])"
+    heavy = "torch", "transformers", "diffusers", "deepspeed"
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
