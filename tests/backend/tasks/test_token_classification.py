@@ -30,7 +30,9 @@ TEXTS = [
 def case(request, tmp_path_factory):
     """How to ask the service, and the pipeline."""
     folder = tmp_path_factory.mktemp(request.param)
-    tiny_encoders.write(folder, request.param, "AutoModelForTokenClassification", id2label=LABELS)
+    tiny_encoders.write(
+        folder, request.param, "AutoModelForTokenClassification", id2label=LABELS, initializer_range=0.6
+    )
     pipe = transformers.pipeline("token-classification", model=str(folder), device="cpu")
     with served("token_classification", folder) as ask:
         yield ask, pipe
