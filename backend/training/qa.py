@@ -24,7 +24,7 @@ from backend.training.steps import alike, bar, draw, falling, mixed, save_json, 
 
 BATCH = 16
 LENGTH = 384
-UNANSWERED = 0.2
+UNANSWERED = 0.15
 """Share of the questions whose answer is not there. They teach the model to point at its first token then, which keeps
 the parts of a long text that lack the answer from winning over the part that has it.
 """
@@ -36,7 +36,7 @@ LONGEST_ANSWER = 15
 class Amount:
     """How many questions are trained on, and how many are kept to judge by."""
 
-    trained: int = 300 * BATCH
+    trained: int = 420 * BATCH
     held_out: int = 300
 
 
