@@ -7,6 +7,7 @@ request looks.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import signal
@@ -21,6 +22,7 @@ from types import FrameType
 
 from backend import repository, samples
 from backend.config import EngineConfig
+from backend.devices import free_gpu_memory
 from backend.errors import LoadError, ServingError
 from backend.launcher import detach, leftovers, run_folder, tritonserver
 from backend.launcher.child import Child
@@ -31,6 +33,8 @@ from client import local
 from client.errors import Error as ClientError
 
 _POLL_SECONDS = 0.2
+_SHARED_FRACTION = "0.6"
+"""generate's share of a GPU's free memory where other models are served beside it; alone it takes 0.9."""
 _KILL_SECONDS = 5
 """After the drain: 2.51 can outlast its own exit timeout while a gRPC stream is open."""
 
@@ -40,7 +44,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="serve", description="Serve a model with tritonserver until Ctrl-C.")
     model = parser.add_argument_group("what is served")
     model.add_argument("--model", metavar="PATH_OR_ID", help="Hugging Face folder or hub id; default: a small sample")
-    model.add_argument("--task", choices=repository.tasks(), default="generate")
+    model.add_argument("--task", choices=repository.tasks(), help="default: generate and embed, generate with --model")
+    model.add_argument("--all", action="store_true", help="every task that has a sample; some are trained once")
     model.add_argument("--name", help="the model's name in the server; default: the task's")
     model.add_argument("--tensor-parallel", metavar="N", type=int, help="ranks; on CUDA one per GPU (default 1)")
     model.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
@@ -66,6 +71,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--verbose", action="store_true", help="everything that tritonserver prints")
     options = parser.parse_args(arguments)
     model_options = [options.model, options.name, options.tensor_parallel, options.dtype, *options.set]
+    if options.all and any((options.model, options.name, options.task, options.repository)):
+        parser.error("--all serves the samples: --model, --name, --task and --repository do not go with it")
     if options.repository and any(value is not None for value in model_options):
         parser.error(
             "--repository is served as it is: --model, --name, --tensor-parallel, --dtype and --set do not go with it"
@@ -120,15 +127,30 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def compose(options: argparse.Namespace, models: Path) -> Path:
-    """A repository with the one model that the options name. LoadError names a parameter that does not exist."""
-    name = options.name or options.task
+    """A repository of the models that the options name. LoadError names a parameter that does not exist."""
     given = {"tensor_parallel": options.tensor_parallel, "dtype": options.dtype}
     parameters = {key: str(value) for key, value in given.items() if value is not None} | _pairs(options.set)
     EngineConfig.from_parameters({"model": "-", **parameters})
-    parameters["model"] = samples.locate(options.model, options.task)
+    wanted = _tasks(options)
+    found = [samples.locate(options.model, wanted[0])] if len(wanted) == 1 else samples.fetch_all(wanted)
     models.mkdir(parents=True)
-    repository.write(models, options.task, name, parameters)
+    for task, folder in zip(wanted, found, strict=True):
+        own = {"kv_cache_fraction": _SHARED_FRACTION} if len(wanted) > 1 and task == "generate" and _on_gpu() else {}
+        repository.write(models, task, options.name or task, {**own, **parameters, "model": str(folder)})
     return models
+
+
+def _tasks(options: argparse.Namespace) -> list[str]:
+    """What is served: all that has a sample, the task that is named, or the two that most people try first."""
+    if options.all:
+        return [task for task in samples.SAMPLES if task in repository.tasks()]
+    if options.task or options.model or options.name:
+        return [options.task or "generate"]
+    return ["generate", "embed"]
+
+
+def _on_gpu() -> bool:
+    return bool(free_gpu_memory())
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, str]:
@@ -197,16 +219,31 @@ def _greet(ports: Ports, models: Path, seconds: float) -> None:
     at = f"{ports.local}:{ports.grpc} (gRPC), {ports.http} (HTTP), {ports.metrics} (metrics)"
     _say(f"ready after {seconds:.0f} s: {', '.join(names) or 'no model yet'} on {at}")
     for name in names:
-        for line in local_commands(name, ports):
+        made_from = repository.origin(models, name)
+        for line in local_commands(name, ports, made_from.task if made_from else "generate"):
             _say(f"  {line}")
     _say(f"Ctrl-C or `kill {os.getpid()}` stops it")
 
 
-def local_commands(name: str, ports: Ports) -> list[str]:
-    """What to type to see a generate model at work."""
+_EXAMPLES: dict[str, tuple[str, dict[str, object]]] = {
+    "embed": ('"That is a happy person"', {"text": "That is a happy person"}),
+    "classify": ('"I love it"', {"text": "I love it"}),
+    "qa": (
+        '--question "Where does Anna live?" --context "Anna lives in Oslo."',
+        {"question": "Where does Anna live?", "context": "Anna lives in Oslo."},
+    ),
+    "text_to_image": ('"a handwritten three"', {"prompt": "a handwritten three", "seed": 1}),
+}
+"""By task: what follows the program's name, and the inputs of an HTTP request."""
+
+
+def local_commands(name: str, ports: Ports, task: str = "generate") -> list[str]:
+    """What to type to see a model at work."""
     program = Path(sys.executable).parent / "tritonspeed"
-    other = "" if ports.grpc == 8001 else f", port={ports.grpc}"
     flag = "" if ports.grpc == 8001 else f" --port {ports.grpc}"
+    if task != "generate":
+        return _task_commands(f"{program} {task} --name {name}{flag}", f"{ports.local}:{ports.http}", name, task)
+    other = "" if ports.grpc == 8001 else f", port={ports.grpc}"
     return [
         f'{program} generate --name {name}{flag} "The capital of France is"',
         f"curl -s {ports.local}:{ports.http}/v2/models/{name}/generate "
@@ -214,6 +251,19 @@ def local_commands(name: str, ports: Ports) -> list[str]:
         f"{sys.executable} -c 'from client import pipeline; "
         f'print(pipeline("generate", name="{name}"{other})("Hello").text)\'',
     ]
+
+
+def _task_commands(program: str, http: str, name: str, task: str) -> list[str]:
+    if task not in _EXAMPLES:
+        return [f"{program} --help"]
+    words, inputs = _EXAMPLES[task]
+    tensors = [_tensor(key, value) for key, value in inputs.items()]
+    return [f"{program} {words}", f"curl -s {http}/v2/models/{name}/infer -d '{json.dumps({'inputs': tensors})}'"]
+
+
+def _tensor(name: str, value: object) -> dict[str, object]:
+    datatype = "UINT64" if isinstance(value, int) else "BYTES"
+    return {"name": name, "datatype": datatype, "shape": [1, 1], "data": [value]}
 
 
 def _say(text: str) -> None:

@@ -158,7 +158,7 @@ def command(executable: Path, repository: Path, backends: Path | None, ports: Po
 
 
 def _cache(executable: Path, mib: int) -> list[str]:
-    """Options for the response cache, where this installation has one: without its library the server would not start."""
+    """For the response cache, where this installation has one: without its library the server would not start."""
     caches = executable.parent.parent / "caches"
     if not mib or not (caches / "local" / "libtritoncache_local.so").is_file():
         return []
