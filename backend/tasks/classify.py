@@ -11,7 +11,7 @@ import numpy as np
 
 from backend.config import EngineConfig
 from backend.errors import ServingError
-from backend.tasks.labels import best, labels_of, scores, scoring
+from backend.tasks.labels import best, check_head, labels_of, scores, scoring
 from backend.tasks.task import Array, Row, decode, filled, number, text_of, texts
 from backend.tasks.text import Piece, Texts, TextTask
 
@@ -37,6 +37,7 @@ class Classify(TextTask):
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         super().__init__(folder, config)
+        check_head(self.checkpoint, "SequenceClassification")
         self.labels = labels_of(self.checkpoint)
         self.scoring = scoring(self.checkpoint.config, len(self.labels))
 

@@ -11,6 +11,13 @@ from backend.model_folder import Checkpoint
 from backend.tasks.task import Array
 
 
+def check_head(checkpoint: Checkpoint, head: str) -> None:
+    """LoadError for a model of another head: both kinds of classifier have the same tensors, and would load."""
+    named = checkpoint.architectures
+    if named and not any(name.endswith(head) for name in named):
+        raise LoadError(f"{checkpoint.folder} holds a {named[0]}, which is not a model for {head}")
+
+
 def labels_of(checkpoint: Checkpoint) -> list[str]:
     """Names by number, as transformers makes them: LABEL_0 and so on where none are stated, two if no number is."""
     config = checkpoint.config

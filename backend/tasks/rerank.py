@@ -13,7 +13,7 @@ import numpy as np
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.model_folder import Checkpoint
-from backend.tasks.labels import best, labels_of, scores
+from backend.tasks.labels import best, check_head, labels_of, scores
 from backend.tasks.task import Array, Row, decode, filled, number, text_of
 from backend.tasks.text import Piece, Texts, TextTask
 
@@ -43,6 +43,7 @@ class Rerank(TextTask):
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         super().__init__(folder, config)
+        check_head(self.checkpoint, "SequenceClassification")
         if (count := len(labels_of(self.checkpoint))) != 1:
             raise LoadError(f"rerank takes a model of one label, {folder} has {count}: serve it as classify")
         self.scoring = _scoring(self.checkpoint)

@@ -11,7 +11,7 @@ import numpy as np
 
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, ServingError
-from backend.tasks.labels import labels_of, scores
+from backend.tasks.labels import check_head, labels_of, scores
 from backend.tasks.task import Array, Row, decode, filled, text_of, texts
 from backend.tasks.text import Piece, Texts, TextTask
 
@@ -57,6 +57,7 @@ class TokenClassification(TextTask):
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         super().__init__(folder, config)
+        check_head(self.checkpoint, "TokenClassification")
         self.labels = labels_of(self.checkpoint)
         self.unknown = self.tokenizer.token_id(self.tokenizer.special_tokens.get("unk_token", ""))
 

@@ -14,9 +14,11 @@ import tiny_encoders
 from serving_tasks import served
 
 from backend.config import EngineConfig
-from backend.errors import InvalidInput
+from backend.errors import InvalidInput, LoadError
 from backend.tasks.classify import Classify
 from backend.tasks.labels import best, scores, scoring
+from backend.tasks.rerank import Rerank
+from backend.tasks.token_classification import TokenClassification
 
 TEXTS = ["I loved the wonderful movie", "Über naïve cafés in 東京 🙂", "", "boring " * 90, "What is the answer?"]
 LABELS = {0: "bad", 1: "good", 2: "awful", 3: "great"}
@@ -105,6 +107,13 @@ def test_scores_of_extremes_are_finite_and_ties_keep_their_order():
     assert scores(np.float32([-200, 0, 200]), "sigmoid").tolist() == [0, 0.5, 1]
     assert scores(np.float32([200, -200]), "softmax").tolist() == [1, 0]
     assert best(np.float32([1, 2, 1, 2])) == [1, 3, 0, 2]
+
+
+@pytest.mark.parametrize(("task", "other"), [(Classify, "Token"), (Rerank, "Token"), (TokenClassification, "Sequence")])
+def test_a_model_with_another_head_is_refused(tmp_path, task, other):
+    folder = tiny_encoders.write(tmp_path, "bert", f"AutoModelFor{other}Classification")
+    with pytest.raises(LoadError, match=f"BertFor{other}Classification, which is not"):
+        task(folder, EngineConfig(model=str(folder)))
 
 
 @pytest.mark.slow
