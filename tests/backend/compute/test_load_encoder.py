@@ -37,6 +37,37 @@ def noisy(folder, family, auto, **config):
     return folder
 
 
+def changed(cases, folder, key, change):
+    """A copy of a checkpoint with other tensors."""
+    source, auto = cases[key]
+    folder.mkdir()
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = change(load_file(source / "model.safetensors"))
+    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder, auto
+
+
+def without(part):
+    return lambda old: {name: value for name, value in old.items() if part not in name}
+
+
+def unusual(cases, root):
+    """Checkpoints that hold more, less or other tensors than save_pretrained() writes."""
+    table, head, bias = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder", "cls.predictions.bias"
+    changes = {
+        "tied twice": (MASKED, lambda old: old | {f"{head}.weight": old[table]}),
+        "tied by its head's bias": (MASKED, lambda old: without(bias)(old) | {f"{head}.bias": old[bias]}),
+        "not tied": (MASKED, lambda old: old | {f"{head}.weight": old[table] * 2}),
+        "headless": (SEQUENCE, without("classifier")),
+        "unpooled": (BASE, without("pooler")),
+        "foreign": (BASE, lambda old: old | {"encoder.layer.0.extra.weight": torch.ones(2)}),
+    }
+    return {
+        ("bert", name): changed(cases, root / name, ("bert", auto), change) for name, (auto, change) in changes.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     """Folder and class by a name to ask for."""
@@ -48,7 +79,7 @@ def cases(tmp_path_factory):
         found["bert", auto] = (noisy(root / f"bert-{auto}", "bert", auto), auto)
     for auto in (SEQUENCE, MASKED):  # a head that is not wanted
         found["bert", f"{BASE} of {auto}"] = (found["bert", auto][0], BASE)
-    return found
+    return found | unusual(found, root)
 
 
 @pytest.fixture(scope="module")
@@ -86,45 +117,19 @@ def test_what_cannot_be_split_is_refused_with_the_reason_and_right_when_whole(ca
         assert error.startswith(f"{family} cannot be split over 2 ranks: its ")
 
 
-def changed(cases, folder, key, change):
-    """A copy of a checkpoint with other tensors."""
-    source, auto = cases[key]
-    folder.mkdir()
-    for file in source.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    tensors = change(load_file(source / "model.safetensors"))
-    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, folder / "model.safetensors")
-    return folder, auto
+@pytest.mark.parametrize("world", [1, 2])
+def test_ties_are_settled_by_what_the_checkpoint_holds(cases, computed, world):
+    expected = plain(*cases["bert", MASKED])
+    for made in ("tied twice", "tied by its head's bias"):
+        torch.testing.assert_close(computed[world]["bert", made][0], expected, rtol=1e-5, atol=1e-5)
+    apart = computed[world]["bert", "not tied"][0]
+    torch.testing.assert_close(apart, plain(*cases["bert", "not tied"]), rtol=1e-5, atol=1e-5)
+    assert (apart - expected).abs().max() > 0.1
 
 
-def test_ties_are_settled_by_what_the_checkpoint_holds(cases, tmp_path):
-    table, head = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
-    key = "bert", MASKED
-    twice = changed(cases, tmp_path / "twice", key, lambda old: old | {head: old[table]})
-    renamed = changed(
-        cases, tmp_path / "renamed", key,
-        lambda old: {name: value for name, value in old.items() if name != "cls.predictions.bias"}
-        | {"cls.predictions.decoder.bias": old["cls.predictions.bias"]},
-    )  # fmt: skip
-    apart = changed(cases, tmp_path / "apart", key, lambda old: old | {head: old[table] * 2})
-    expected = plain(*cases[key])
-    made = sharded([twice, renamed, apart], 1)[0]
-    torch.testing.assert_close(made[0], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(made[1], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(made[2], plain(*apart), rtol=1e-5, atol=1e-5)
-    assert (made[2] - expected).abs().max() > 0.1
-
-
-def test_missing_and_foreign_tensors_are_named(cases, tmp_path):
-    def without(part):
-        return lambda old: {name: value for name, value in old.items() if part not in name}
-
-    headless = changed(cases, tmp_path / "headless", ("bert", SEQUENCE), without("classifier"))
-    unpooled = changed(cases, tmp_path / "unpooled", ("bert", BASE), without("pooler"))
-    foreign = changed(
-        cases, tmp_path / "foreign", ("bert", BASE), lambda old: old | {"encoder.layer.0.extra.weight": torch.ones(2)}
-    )
-    made = sharded([headless, unpooled, foreign], 1)[0]
-    assert "no tensor for classifier." in made[0]
-    torch.testing.assert_close(made[1], plain(*cases["bert", BASE]), rtol=1e-5, atol=1e-5)
-    assert "'encoder.layer.0.extra.weight' of the checkpoint has no place in BertModel" in made[2]
+@pytest.mark.parametrize("world", [1, 2])
+def test_missing_and_foreign_tensors_are_named(cases, computed, world):
+    made = computed[world]
+    assert "no tensor for classifier." in made["bert", "headless"][0]
+    torch.testing.assert_close(made["bert", "unpooled"][0], plain(*cases["bert", BASE]), rtol=1e-5, atol=1e-5)
+    assert "'encoder.layer.0.extra.weight' of the checkpoint has no place" in made["bert", "foreign"][0]
