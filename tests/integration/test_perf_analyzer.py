@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path.name for path in (ROOT / "perf").glob("*.json"))
+FILES = sorted(path.name for path in (ROOT / "perf").glob("generate*.json"))
 QUICK = ["--measurement-mode", "count_windows", "--stability-percentage", "999"]
 
 

@@ -1,0 +1,58 @@
+"""Every task but generate: config.pbtxt, model.py and the table of tasks agree; each folder is covered by itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelQueuePolicy
+
+from backend.tasks import TASKS
+
+REPOSITORY = Path(__file__).parents[2] / "model_repository"
+FOLDERS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt") if path.parent.name != "generate")
+REQUIRED = {"qa": {"question", "context"}, "rerank": {"query", "texts"}, "text_to_image": {"prompt"}, "zero_shot_image":
+            {"image", "labels"}}  # fmt: skip
+"""Inputs that may not be left out; of the other tasks it is `text`."""
+
+
+def config_of(task):
+    return text_format.Parse((REPOSITORY / task / "config.pbtxt").read_text(), ModelConfig())
+
+
+def code(task):
+    """model.py without its docstring, and with the task's name apart."""
+    tree = ast.parse((REPOSITORY / task / "1" / "model.py").read_text())
+    (named,) = [node for node in tree.body if isinstance(node, ast.Assign)]
+    rest = [ast.dump(node) for node in tree.body[1:] if node is not named]
+    return ast.get_docstring(tree), ast.unparse(named), rest
+
+
+def test_every_folder_is_a_task():
+    assert "embed" in FOLDERS and set(FOLDERS) <= set(TASKS)
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_model_py_differs_by_task_and_docstring_only(task):
+    docstring, named, rest = code(task)
+    assert docstring.startswith(f"{task}: ") and named == f"TASK = '{task}'"
+    assert rest == code("embed")[2]
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_config_gathers_and_refuses(task):
+    config = config_of(task)
+    policy = config.dynamic_batching.default_queue_policy
+    assert config.name == task and config.backend == "python" and config.max_batch_size > 0
+    assert not config.model_transaction_policy.decoupled
+    assert policy.timeout_action == ModelQueuePolicy.REJECT and policy.allow_timeout_override
+    assert policy.default_timeout_microseconds > 0 and policy.max_queue_size > 0
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_only_what_is_asked_about_is_required(task):
+    config = config_of(task)
+    required = {tensor.name for tensor in config.input if not tensor.optional}
+    assert required == REQUIRED.get(task, {"text"})
+    for tensors in (config.input, config.output):
+        assert len({tensor.name for tensor in tensors}) == len(tensors)
