@@ -65,7 +65,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--drain-seconds", metavar="S", type=int, default=30, help="for requests in flight at the end (default 30)"
     )
     how.add_argument(
-        "--cache-mib", metavar="N", type=int, default=64, help="memory for answers that repeat (default 64; 0: none)"
+        "--cache-mib",
+        metavar="N",
+        type=int,
+        default=0,  # Triton 2.51 keeps failures too, and answers them again as a success without outputs
+        help="memory for answers that repeat (default 0: none; Triton 2.51 also keeps failures, as empty answers)",
     )
     how.add_argument("--detach", action="store_true", help="return once it is ready, and leave it running")
     how.add_argument("--verbose", action="store_true", help="everything that tritonserver prints")
