@@ -1,7 +1,7 @@
 """Task: what a task of one answer a request must do; its requests, devices and Triton are not its business.
 
-The stub parses each row into an *item*, an item becomes *pieces* (what a device computes: a sequence, an image), pieces that
-run together are a *micro-batch*, and the ranks answer with one array a piece.
+The stub parses each row into an *item*; an item becomes *pieces* (what a device computes: a sequence, an image); pieces
+that run together are a *micro-batch*; the ranks answer with one array a piece.
 """
 
 from __future__ import annotations

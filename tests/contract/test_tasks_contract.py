@@ -1,14 +1,16 @@
 """Every task but generate: config.pbtxt, model.py and the table of tasks agree; each folder is covered by itself."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelQueuePolicy
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
 from backend.tasks import TASKS
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "contracts.md").read_text()
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 FOLDERS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt") if path.parent.name != "generate")
 REQUIRED = {"qa": {"question", "context"}, "rerank": {"query", "texts"}, "text_to_image": {"prompt"}, "zero_shot_image":
@@ -56,3 +58,21 @@ def test_only_what_is_asked_about_is_required(task):
     assert required == REQUIRED.get(task, {"text"})
     for tensors in (config.input, config.output):
         assert len({tensor.name for tensor in tensors}) == len(tensors)
+
+
+def documented(task, first):
+    """(type, dims) by name of a table in the task's section of docs/contracts.md."""
+    section = DOCUMENT[DOCUMENT.index(f"\n## {task}\n") + 4 :]
+    section = section[: section.index("\n## ")]
+    rows = section[section.index(f"| {first} |") :].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in itertools.takewhile(bool, rows)]
+    return {name: (kind, int(dims)) for name, kind, dims, _ in cells}
+
+
+@pytest.mark.parametrize("task", FOLDERS)
+def test_config_is_what_the_document_says(task):
+    config = config_of(task)
+    for first, tensors in (("input", config.input), ("output", config.output)):
+        kinds = {t.name: DataType.Name(t.data_type).removeprefix("TYPE_").replace("STRING", "BYTES") for t in tensors}
+        assert {t.name: (kinds[t.name], *t.dims) for t in tensors} == documented(task, first)
+        assert [*kinds] == [*documented(task, first)]

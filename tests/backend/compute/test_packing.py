@@ -7,8 +7,8 @@ import transformers
 
 from backend.compute.packing import Packing, Spread, packable, packed
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 100,
-         "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL |= {"vocab_size": 100, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 DISTIL = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "vocab_size": 100, "max_position_embeddings": 64}
 MODERN = {"global_attn_every_n_layers": 3, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
 FAMILIES = {
