@@ -246,7 +246,8 @@ def local_commands(name: str, ports: Ports, task: str = "generate") -> list[str]
     program = Path(sys.executable).parent / "tritonspeed"
     flag = "" if ports.grpc == 8001 else f" --port {ports.grpc}"
     if task != "generate":
-        return _task_commands(f"{program} {task} --name {name}{flag}", f"{ports.local}:{ports.http}", name, task)
+        command = f"{program} {task.replace('_', '-')} --name {name}{flag}"
+        return _task_commands(command, f"{ports.local}:{ports.http}", name, task)
     other = "" if ports.grpc == 8001 else f", port={ports.grpc}"
     return [
         f'{program} generate --name {name}{flag} "The capital of France is"',
