@@ -56,3 +56,10 @@ class LoadError(ServingError):
     """The model cannot be loaded as configured."""
 
     code = "UNAVAILABLE"
+
+
+def serving(error: BaseException) -> ServingError:
+    """Any failure as one that has a status: what is not ours is named by its class, in one line."""
+    if isinstance(error, ServingError):
+        return error
+    return ServingError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")

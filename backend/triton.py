@@ -11,7 +11,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from backend.errors import InvalidInput, ServingError
+from backend.errors import InvalidInput, ServingError, serving
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 Array = NDArray[Any]
@@ -122,7 +122,7 @@ def served(error: BaseException) -> ServingError:
     if isinstance(error, ServingError):
         return error
     log.error("unexpected failure", exc_info=error)
-    return ServingError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    return serving(error)
 
 
 def failure(error: ServingError) -> Any:

@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from backend import checkpoint
 from backend.config import EngineConfig
 from backend.devices import resolved
-from backend.errors import Cancelled, DeadlineExceeded, EngineDown, Overloaded, ServingError
+from backend.errors import Cancelled, DeadlineExceeded, EngineDown, Overloaded, ServingError, serving
 from backend.generation.blocks import BlockPool
 from backend.generation.capacity import share
 from backend.generation.completion import Completion
@@ -33,6 +33,7 @@ from backend.generation.stream import Delta, Stream
 from backend.generation.text import Text
 from backend.generation.tokenizer import Tokenizer
 from backend.ranks.group import RankGroup, Report
+from backend.ranks.restarts import Restarts
 
 DECODER = "backend.compute.decoder:Decoder"
 IDLE_CHECK = 0.5
@@ -41,12 +42,6 @@ CANCEL_POLL = 0.1
 CANCEL_COST = 0.002
 """Seconds between questions whether the caller is still there, at least, and more for each open sequence: each question
 costs about 100 µs, so all together take at most a twentieth of a core."""
-SETTLED = 60.0
-"""Seconds of service after which a failure counts as the first: the pause before a restart doubles with each other."""
-
-
-def _failure(error: Exception) -> ServingError:
-    return error if isinstance(error, ServingError) else ServingError(f"{type(error).__name__}: {error}")
 
 
 def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
@@ -71,7 +66,7 @@ class Engine:
         self._admission = threading.Lock()
         self._admitted = 0
         self._group = RankGroup(self.config, worker, report)
-        self._failures = 0
+        self._restarts = Restarts(self.config, self._closing, report)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._started: Future[None] = Future()
 
@@ -250,7 +245,7 @@ class Engine:
                 self._open[seq.arrival] = Completion(seq, stream, index, Text(self.tokenizer, seq.params.stop))
                 self._scheduler.add(seq)
         except Exception as error:  # whatever is wrong with one request must not end the others
-            self._end(stream, _failure(error))
+            self._end(stream, serving(error))
 
     def _commit(self, chunks: list[Chunk], sampled: Sampled) -> None:
         """Record a computed step and tell its readers."""
@@ -262,7 +257,7 @@ class Engine:
             try:
                 completion.stream.put(self._delta(completion, accepted.token_id, logprob))
             except Exception as error:  # a tokenizer's bug must not end the neighbours
-                self._end(completion.stream, _failure(error))
+                self._end(completion.stream, serving(error))
             news[id(completion.stream)] = completion.stream
         for stream in news.values():
             stream.ring()
@@ -310,7 +305,8 @@ class Engine:
         self._scheduler = Scheduler(
             BlockPool(blocks, self.config.block_size), self.config.max_sequences, self.config.step_tokens
         )
-        self._down, self._since = "", time.monotonic()
+        self._down = ""
+        self._restarts.served()
         self._report(
             f"ready in {time.monotonic() - start:.1f} s: {blocks} KV blocks of {self.config.block_size} tokens, "
             f"sequences up to {self.max_model_len} tokens"
@@ -318,20 +314,13 @@ class Engine:
 
     def _recover(self, error: Exception) -> None:
         """After the ranks failed: tell everybody, start them again, slower each time; give up after max_restarts."""
-        reason = str(_failure(error))
+        reason = str(serving(error))
         self._report(f"down: {reason}")
         self._down = f"is restarting ({reason})"
         self._group.close()
         self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"))
-        self._failures = 0 if time.monotonic() - self._since > SETTLED else self._failures
-        for attempt in range(self.config.max_restarts):
-            self._failures += 1
-            if self._closing.wait(min(30.0, self.config.restart_backoff * 2 ** (self._failures - 1))):
-                return
-            try:
-                return self._load()
-            except Exception as failure:
-                self._report(f"restart {attempt + 1} failed: {_failure(failure)}")
+        if self._restarts.again(self._load) or self._closing.is_set():
+            return
         self._down = f"has failed for good ({reason})"
         while not self._closing.is_set():
             self._fail_all(EngineDown(f"the model {self._down}"))

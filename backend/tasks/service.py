@@ -18,8 +18,9 @@ from typing import Any
 from backend.checkpoint import resolve, root
 from backend.config import EngineConfig
 from backend.devices import resolved
-from backend.errors import EngineDown, ServingError
+from backend.errors import EngineDown, ServingError, serving
 from backend.ranks.group import RankGroup, Report
+from backend.ranks.restarts import Restarts
 from backend.tasks import find
 from backend.tasks.job import Asked, Job, Request
 from backend.tasks.task import Array, Task
@@ -30,8 +31,6 @@ DEPTH = 2
 """Micro-batches that the ranks have at once: one that is computed, one that waits for it."""
 STEP_TOKENS = {"cuda": 16384, "cpu": 1024}
 """Token budget of a micro-batch, unless configured."""
-SETTLED = 60.0
-"""Seconds of service after which a failure counts as the first."""
 CLOSING = 5.0
 """Seconds for a micro-batch under way to come to its end before the ranks are killed."""
 UNLOADED = "is being unloaded"
@@ -52,8 +51,8 @@ class Service:
         self._sent: deque[tuple[Job, list[int]]] = deque()
         self._current: Job | None = None
         self._down = "is loading"
-        self._failures = 0
         self._closing = threading.Event()
+        self._restarts = Restarts(self.config, self._closing, report)
         self._ended = False
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
@@ -245,27 +244,21 @@ class Service:
         except BaseException:
             self._group.close()
             raise
-        self._down, self._since, self._begun = "", time.monotonic(), time.monotonic()
+        self._down, self._begun = "", time.monotonic()
+        self._restarts.served()
         self._report(f"ready in {time.monotonic() - start:.1f} s")
 
     def _recover(self, error: Exception) -> None:
         """After the ranks failed: tell everybody, start them again, slower each time; give up after max_restarts."""
         if self._closing.is_set():
             return
-        reason = str(error) or type(error).__name__
+        reason = str(serving(error))
         self._report(f"down: {reason}")
         self._down = f"is restarting ({reason})"
         self._group.close()
         self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"))
-        self._failures = 0 if time.monotonic() - self._since > SETTLED else self._failures
-        for attempt in range(self.config.max_restarts):
-            self._failures += 1
-            if self._closing.wait(min(30.0, self.config.restart_backoff * 2 ** min(self._failures - 1, 9))):
-                return
-            try:
-                return self._load()
-            except Exception as failure:
-                self._report(f"restart {attempt + 1} failed: {failure}")
+        if self._restarts.again(self._load) or self._closing.is_set():
+            return
         self._down = f"has failed for good ({reason})"
         while not self._closing.is_set():
             self._fail_all(EngineDown(f"the model {self._down}"))

@@ -252,7 +252,7 @@ def test_close_beside_a_hung_rank_does_not_wait_for_it(make, monkeypatch):
 def test_the_backoff_of_a_model_that_keeps_failing_stays_a_number(make):
     service = make(restart_backoff=0.0)
     service.start()
-    service._failures = 5000
+    service._restarts.failures = 5000
     service.serve([ask(1, how="die")])
     while service.healthy:
         time.sleep(0.01)
