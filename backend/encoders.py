@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from backend.errors import LoadError
+from backend.json_file import optional
 from backend.model_folder import Checkpoint
 
 SHARDABLE_ENCODERS = frozenset("bert roberta xlm-roberta distilbert electra deberta-v2 camembert".split())  # noqa: SIM905
@@ -44,20 +41,10 @@ def longest(checkpoint: Checkpoint, asked: int) -> int:
     positions = checkpoint.max_model_len
     if checkpoint.model_type in _OFFSET and positions:
         positions -= int(checkpoint.config.get("pad_token_id", 1)) + 1
-    stated = _json(checkpoint.folder / "tokenizer_config.json").get("model_max_length")
+    stated = optional(checkpoint.folder / "tokenizer_config.json").get("model_max_length")
     limits = [limit for limit in (positions, stated) if isinstance(limit, int) and 0 < limit < 1 << 30]
     if asked and positions and asked > positions:
         raise LoadError(f"max_model_len {asked} is more than the model's {positions} positions")
     if not asked and not limits:
         raise LoadError("config.json names no maximum length: set max_model_len")
     return asked or min(limits)
-
-
-def _json(path: Path) -> Any:
-    """A file's content; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from None

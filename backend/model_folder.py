@@ -5,7 +5,6 @@ It knows neither torch nor whether the model can be served; nothing here reads a
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from backend.errors import LoadError
 from backend.families import original, rope_limit, rope_type, ropes
+from backend.json_file import required
 
 MODEL_ROOT = "TRITONSPEED_MODEL_ROOT"
 """Environment variable: the folder that every model must lie in."""
 
+KIND = "Hugging Face model folder"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -32,7 +33,7 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _LENGTHS = ["max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx"]
 
-_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def root() -> Path | None:
@@ -92,7 +93,7 @@ class Checkpoint:
     def open(cls, folder: Path | str) -> Checkpoint:
         """LoadError names the file that is missing, truncated or malformed."""
         folder = Path(folder)
-        config = _read_json(folder / "config.json")
+        config = required(folder / "config.json", KIND)
         return cls(folder, config, _read_tensors(folder))
 
     @property
@@ -150,18 +151,6 @@ class Checkpoint:
         return min(length, rope_limit(config) or length)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{path} is missing: not a Hugging Face model folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise LoadError(f"{path} must hold a JSON object")
-    return value
-
-
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).exists():
         return _read_indexed(folder)
@@ -172,7 +161,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_indexed(folder: Path) -> dict[str, Tensor]:
-    index = _read_json(folder / INDEX).get("weight_map")
+    index = required(folder / INDEX, KIND).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise LoadError(f"{folder / INDEX} has no weight_map")
     headers: dict[str, dict[str, Tensor]] = {}
@@ -201,7 +190,7 @@ def _read_header(file: Path) -> dict[str, Tensor]:
 def _no_weights(folder: Path, files: list[Path]) -> str:
     if files:
         return f"{folder} holds {len(files)} safetensors files and no {INDEX}"
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if not pickled:
         return f"{folder} holds no weights: expected {SINGLE} or {INDEX}"
     return (

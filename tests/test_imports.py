@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FREE = {"backend.errors", "backend.config", "backend.devices", "backend.families"}
-FREE |= {"backend.checkpoint", "backend.model_folder", "backend.encoders"}
+FREE |= {"backend.checkpoint", "backend.model_folder", "backend.encoders", "backend.json_file"}
 """What everything in backend may import."""
 
 

@@ -15,6 +15,7 @@ from backend.errors import InvalidInput, LoadError
 from backend.generation.parameter import INT32, NAMED, check, shown
 from backend.generation.sequence import SamplingParams
 from backend.generation.tokenizer import Tokenizer
+from backend.json_file import optional
 
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_IDS = 256
@@ -56,7 +57,7 @@ class Defaults:
     def from_folder(cls, folder: str | Path) -> Defaults:
         """LoadError names the file and the value that cannot be used."""
         folder = Path(folder)
-        given = _json_file(folder / "generation_config.json")
+        given = optional(folder / "generation_config.json")
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         try:
             values = {name: NAMED[name].read(name, given[name]) for name in names if given.get(name) is not None}
@@ -267,7 +268,7 @@ def _salt(text: str) -> str:
 
 def _eos_ids(folder: Path, generation: Mapping[str, Any]) -> frozenset[int]:
     """The ids that end a text: of generation_config.json, else config.json, else the tokenizer's end token."""
-    config = _json_file(folder / "config.json")
+    config = optional(folder / "config.json")
     for source in (generation, config, config.get("text_config") or {}):
         if (found := source.get("eos_token_id")) is not None:
             return frozenset(_ids(found))
@@ -281,15 +282,3 @@ def _eos_ids(folder: Path, generation: Mapping[str, Any]) -> frozenset[int]:
 def _ids(found: object) -> Iterable[int]:
     ids: tuple[int, ...] = NAMED["stop_token_ids"].read("eos_token_id", found)
     return ids
-
-
-def _json_file(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoadError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise LoadError(f"{file} must hold a JSON object")
-    return content

@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from backend.errors import InvalidInput, LoadError
 from backend.interpreter import python
+from backend.json_file import optional
 
 _log = logging.getLogger(__name__)
 
@@ -162,18 +163,9 @@ def _convert(folder: Path, file: Path) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; special_tokens_map.json overrides it where the config lists no added tokens."""
-    config = _json(folder / "tokenizer_config.json")
-    older = {} if "added_tokens_decoder" in config else _json(folder / "special_tokens_map.json")
+    config = optional(folder / "tokenizer_config.json")
+    older = {} if "added_tokens_decoder" in config else optional(folder / "special_tokens_map.json")
     return config | older
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise LoadError(f"{file} must hold a JSON object")
-    return content
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -5,13 +5,14 @@ It knows neither torch nor diffusers.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 from backend.errors import LoadError
+from backend.json_file import required
+from backend.model_folder import PICKLED
 
 PIPELINES = {
     "StableDiffusionPipeline": "unet",  # 1.x and 2.x
@@ -27,6 +28,8 @@ PIPELINES = {
 
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 """Where parts may come from; the last is diffusers' own name for its safety checker."""
+
+KIND = "diffusers pipeline"
 
 STRIDE = 8
 """The pipelines check that sizes are multiples of this, whatever their VAE."""
@@ -48,17 +51,20 @@ class PipelineFolder:
     @classmethod
     def open(cls, folder: Path) -> PipelineFolder:
         """LoadError names the file or the part that is missing, or cannot be served."""
-        index = _read(folder / "model_index.json")
+        index = required(folder / "model_index.json", KIND)
         kind = index.get("_class_name")
         if not isinstance(kind, str) or kind not in PIPELINES:
             raise LoadError(f"{folder} holds a {kind!r}; served are {', '.join(PIPELINES)}")
         for name, part in index.items():
             if isinstance(part, list) and not name.startswith("_"):
                 _check_part(folder, name, part)
-        denoiser, vae = _read(folder / PIPELINES[kind] / "config.json"), _read(folder / "vae" / "config.json")
+        denoiser, vae = (
+            required(folder / PIPELINES[kind] / "config.json", KIND),
+            required(folder / "vae" / "config.json", KIND),
+        )
         scale = 2 ** (len(vae.get("block_out_channels") or [0] * 4) - 1)
         side = denoiser.get("sample_size") or 64
-        steps = _read(folder / "scheduler" / "scheduler_config.json").get("num_train_timesteps", 1000)
+        steps = required(folder / "scheduler" / "scheduler_config.json", KIND).get("num_train_timesteps", 1000)
         multiple = lcm(STRIDE, scale * (denoiser.get("patch_size") or 1))
         return cls(kind, multiple, scale * (side if isinstance(side, int) else max(side)), steps)
 
@@ -81,20 +87,8 @@ def _check_part(folder: Path, name: str, part: list[Any]) -> None:
         raise LoadError(f"{name} of {folder} comes from {library!r}: code that a checkpoint brings is not run")
     if not (folder / name).is_dir():
         raise LoadError(f"{folder / name} is missing: the download is not complete")
-    pickled = [file.name for file in (folder / name).iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    pickled = [file.name for file in (folder / name).iterdir() if file.suffix in PICKLED]
     if pickled and not any((folder / name).glob("*.safetensors")):
         raise LoadError(
             f"{folder / name} has {pickled[0]} but no safetensors: pickled weights can run code; convert them"
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{path} is missing: not a diffusers pipeline") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise LoadError(f"{path} must hold a JSON object")
-    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from backend.errors import LoadError
+from backend.json_file import content, optional
 from backend.model_folder import Checkpoint
 from backend.tasks.task import Array
 
@@ -60,13 +60,13 @@ class Pooling:
 
 def pooling_of(folder: Path, checkpoint: Checkpoint) -> Pooling:
     """LoadError for a module or a setting that is not honoured."""
-    modules = [(str(each["type"]).rsplit(".", 1)[-1], folder / each["path"]) for each in _json(folder / "modules.json")]
+    modules = [(str(each["type"]).rsplit(".", 1)[-1], folder / each["path"]) for each in _modules(folder)]
     _check_order(folder, [name for name, _ in modules])
     where = dict(modules)
-    stated = _json(where["Pooling"] / "config.json") if modules else {}
+    stated = optional(where["Pooling"] / "config.json") if modules else {}
     transformer = _transformer(where.get("Transformer", folder), folder)
     dense = tuple(_dense(path) for name, path in modules if name == "Dense")
-    general = _json(folder / "config_sentence_transformers.json")
+    general = optional(folder / "config_sentence_transformers.json")
     prompts = {name: text for name, text in (general.get("prompts") or {}).items() if isinstance(text, str)}
     return Pooling(
         kind=_kind(stated, checkpoint),
@@ -80,6 +80,15 @@ def pooling_of(folder: Path, checkpoint: Checkpoint) -> Pooling:
         prompts=prompts,
         default_prompt=prompts.get(general.get("default_prompt_name") or "", ""),
     )
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    """The folder's list; none where it has no such file."""
+    path = folder / "modules.json"
+    found = content(path) if path.is_file() else []
+    if not isinstance(found, list):
+        raise LoadError(f"{path} must hold a JSON list")
+    return found
 
 
 def hidden(checkpoint: Checkpoint) -> int:
@@ -107,7 +116,7 @@ def _transformer(path: Path, folder: Path) -> dict[str, Any]:
         raise LoadError(
             f"{folder / 'modules.json'} puts the transformer in {path.name}: serve it from the folder itself"
         )
-    found: dict[str, Any] = _json(folder / "sentence_bert_config.json")
+    found = optional(folder / "sentence_bert_config.json")
     modality = found.get("modality_config") or {}
     honoured = (
         found.get("transformer_task", "feature-extraction") == "feature-extraction"
@@ -122,7 +131,7 @@ def _transformer(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def _dense(path: Path) -> Dense:
-    settings = _json(path / "config.json")
+    settings = optional(path / "config.json")
     activation = str(settings.get("activation_function", "torch.nn.modules.activation.Tanh")).rsplit(".", 1)[-1]
     plain = all(settings.get(name, "sentence_embedding") in (None, "sentence_embedding") for name in _ENDS)
     if activation not in _ACTIVATIONS or not plain or settings.get("use_residual"):
@@ -149,13 +158,3 @@ def _kind(stated: dict[str, Any], checkpoint: Checkpoint) -> str:
         raise LoadError(f"the model pools by {' and '.join(kinds)}, which is not supported")
     causal = any(name.endswith("ForCausalLM") for name in checkpoint.architectures)
     return kinds[0] if kinds else "last" if causal and not stated else "mean"
-
-
-def _json(path: Path) -> Any:
-    """A file's content; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {error}") from None
