@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForZeroShotImageClassifica
 
 from backend.checkpoint import Checkpoint
 from backend.compute.decoder import dtype_of
-from backend.compute.tensor_parallel import connect
+from backend.compute.tensor_parallel import join
 from backend.errors import LoadError
 from backend.model_folder import resolve
 from backend.ranks.rank import Birth
@@ -28,10 +28,7 @@ class Clip:
     def __init__(self, birth: Birth, progress: Callable[[str], None]) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         config = birth.config
-        self._device = torch.device(f"cuda:{birth.rank}" if config.device == "cuda" else "cpu")
-        if self._device.type == "cpu":
-            torch.set_num_threads(max(1, config.threads))
-        connect(birth.rank, birth.world, self._device, Path(birth.folder))
+        self._device = join(birth, progress)
         folder = resolve(config.model, None)
         self._dtype = dtype_of(config, Checkpoint.open(folder))
         try:

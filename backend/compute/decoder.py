@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,14 @@ from backend.compute.cache import KVCache, bytes_per_block, probe
 from backend.compute.graphs import DecodeGraph, sizes
 from backend.compute.load import load
 from backend.compute.sampler import Sampler
-from backend.compute.tensor_parallel import connect
-from backend.compute.upload import upload
+from backend.compute.tensor_parallel import join
+from backend.compute.upload import download, upload
 from backend.config import DTYPES, EngineConfig
 from backend.devices import free_host_memory
 from backend.errors import LoadError
 from backend.generation.capacity import Capacity
 from backend.generation.plan import LAST_TOKEN, Ints, Plan, Sampled, Sampling
 from backend.ranks.rank import Birth, Deferred
-
-BUILDS = " (DeepSpeed compiles its shared-memory all-reduce when it is first used: about a minute)"
 
 
 class Decoder:
@@ -37,16 +34,9 @@ class Decoder:
     def __init__(self, birth: Birth, progress: Callable[[str], None]) -> None:
         self._config, self._rank, self._world = birth.config, birth.rank, birth.world
         self._progress = progress if birth.rank == 0 else lambda text: None
-        self._device = torch.device(f"cuda:{birth.rank}" if birth.config.device == "cuda" else "cpu")
         self._checkpoint = Checkpoint.open(resolve(birth.config.model, None))
         self._dtype = dtype_of(birth.config, self._checkpoint)
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-        else:
-            torch.set_num_threads(birth.config.threads)
-        if birth.world > 1:
-            self._progress(f"joining {birth.world} ranks" + (BUILDS if self._device.type == "cpu" else ""))
-        connect(birth.rank, birth.world, self._device, Path(birth.folder))
+        self._device = join(birth, progress)
         self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what merging projections let go of
@@ -140,14 +130,11 @@ class Decoder:
     def _answer(self, token_ids: Tensor, values: Tensor | None) -> Sampled | Deferred:
         if self._device.type != "cuda":
             return Sampled(token_ids.int().numpy(), values.float().numpy() if values is not None else None)
-        ids = _to_host(token_ids.int())
-        values = _to_host(values) if values is not None else None
-        copied = torch.cuda.Event()
-        copied.record()
+        arrived = download(token_ids.int(), *(() if values is None else (values,)))
 
         def answer() -> Sampled:
-            copied.synchronize()
-            return Sampled(ids.numpy(), values.numpy() if values is not None else None)
+            ids, *logprobs = (each.numpy() for each in arrived())
+            return Sampled(ids, logprobs[0] if logprobs else None)
 
         return answer
 
@@ -165,11 +152,6 @@ class Decoder:
                 self._progress(f"loaded {told * 10} % of the weights")
 
         return tell
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy that is complete once the device's current stream has got there."""
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def dtype_of(config: EngineConfig, checkpoint: Checkpoint) -> torch.dtype:

@@ -19,7 +19,7 @@ from PIL import Image
 from backend.checkpoint import resolve
 from backend.compute.diffusion_graphs import DenoiserGraphs
 from backend.compute.diffusion_guidance import shared_guidance
-from backend.compute.tensor_parallel import connect
+from backend.compute.tensor_parallel import join
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.ranks.rank import Birth
@@ -40,10 +40,7 @@ class Diffusion:
     def __init__(self, birth: Birth, progress: Callable[[str], None]) -> None:
         self._rank, self._world = birth.rank, birth.world
         self._progress = progress if birth.rank == 0 else lambda text: None
-        self._device = torch.device(f"cuda:{birth.rank}" if birth.config.device == "cuda" else "cpu")
-        if self._device.type == "cpu":
-            torch.set_num_threads(max(1, birth.config.threads))
-        connect(birth.rank, birth.world, self._device, Path(birth.folder))
+        self._device = join(birth, progress)
         self._pipeline = load(resolve(birth.config.model, None), dtype_of(birth.config), self._device)
         self._inpainting = inpainting(self._pipeline)
         if self._device.type == "cuda" and birth.config.cuda_graphs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.checkpoint import Checkpoint, resolve
-from backend.compute.decoder import BUILDS, dtype_of
-from backend.compute.load_encoder import check_split, load_encoder
+from backend.compute.decoder import dtype_of
+from backend.compute.load_encoder import load_encoder
 from backend.compute.packing import Packing, packable
-from backend.compute.tensor_parallel import connect
-from backend.compute.upload import upload
+from backend.compute.tensor_parallel import join
+from backend.compute.upload import download, upload
 from backend.encoders import longest
 from backend.ranks.rank import Birth, Deferred
 from backend.tasks import find
@@ -36,18 +35,11 @@ class Encoder:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         config = birth.config
         self._config, self._task, self._progress = config, find(birth.task), progress
-        self._device = torch.device(f"cuda:{birth.rank}" if config.device == "cuda" else "cpu")
         self._checkpoint = Checkpoint.open(resolve(config.model, None))
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-        else:
-            torch.set_num_threads(config.threads)
-        if birth.world > 1:
-            progress(f"joining {birth.world} ranks" + (BUILDS if self._device.type == "cpu" else ""))
-        connect(birth.rank, birth.world, self._device, Path(birth.folder))
+        self._most = min(longest(self._checkpoint, config.max_model_len), config.step_tokens)
         dtype = dtype_of(config, self._checkpoint)
+        self._device = join(birth, progress)
         self._model = load_encoder(self._checkpoint, self._task.auto, birth.world, self._device, dtype)
-        check_split(self._model, birth.world)
         self._model.config.use_cache = False  # decoders that embed would keep keys and values
         self._types = self._kinds()
         self._packing: Packing | None = None
@@ -74,7 +66,7 @@ class Encoder:
 
     def _trial(self) -> Texts:
         """Texts of several lengths."""
-        lengths = [length for length in (37, 3, 128, 1, 64) if length <= self._most()]
+        lengths = [length for length in (37, 3, 128, 1, 64) if length <= self._most]
         high = int(self._checkpoint.vocab_size or 1000)
         ids = (np.arange(sum(lengths)) * 7919 % max(2, high - 1) + 1).astype(np.int32)
         return Texts(ids, np.zeros_like(ids), np.array(lengths, np.int64), [self._task.warm] * len(lengths))
@@ -86,9 +78,6 @@ class Encoder:
         first: Tensor = output[0].float()
         return first * mask[..., None] if first.shape[:2] == mask.shape and first.dim() > 2 else first
 
-    def _most(self) -> int:
-        return min(longest(self._checkpoint, self._config.max_model_len), self._config.step_tokens)
-
     def _kinds(self) -> int:
         """How many kinds of tokens the model tells apart; 0: it does not ask."""
         named = self._model.named_modules()
@@ -97,7 +86,7 @@ class Encoder:
 
     def warm_up(self) -> None:
         """The largest micro-batches: one of longest texts, one of many short ones."""
-        most = self._most()
+        most = self._most
         for length in {most, min(16, most)}:
             ids = np.full(length, 1, np.int32)
             piece = Piece(ids, np.zeros(length, np.int32), self._task.warm)
@@ -133,15 +122,8 @@ class Encoder:
         """The rows, once they have been copied.  # [n, ...]"""
         if self._device.type != "cuda":
             return list(values.numpy())
-        host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def answer() -> Arrays:
-            copied.synchronize()
-            return list(host.numpy())
-
-        return answer
+        arrived = download(values)
+        return lambda: list(arrived()[0].numpy())
 
 
 def _mask(lengths: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -121,11 +121,11 @@ def _split_head(
     source = ties.pop(f"{name}.weight", None)
     if ties:
         raise LoadError(f"{type(model).__name__} ties {', '.join(sorted(ties))}, which is not supported")
-    return name, head, source is not None and _tie(f"{name}.weight", source, wanted, reader)
+    return name, head, source is not None and tie(f"{name}.weight", source, wanted, reader)
 
 
-def _tie(head: str, embedding: str, wanted: dict[str, Recipe], reader: Reader) -> bool:
-    """Settle a tie by what the checkpoint holds, as from_pretrained does: two different tensors are not tied."""
+def tie(head: str, embedding: str, wanted: dict[str, Recipe], reader: Reader) -> bool:
+    """Whether they are tied, by what the checkpoint holds, as from_pretrained does: two different tensors are not."""
     if head not in wanted:
         return True
     if embedding not in wanted:
@@ -171,7 +171,11 @@ def _place_head(model: PreTrainedModel, name: str, head: VocabParallelHead, tied
 
 
 def fill(
-    model: PreTrainedModel, wanted: dict[str, Recipe], parts: dict[str, Span], reader: Reader, progress: Progress
+    model: PreTrainedModel,
+    wanted: dict[str, Recipe],
+    parts: dict[str, Span],
+    reader: Reader,
+    progress: Progress = lambda share: None,
 ) -> None:
     """Copy every recipe's part into its parameter; LoadError names what does not match, and what is left unfilled."""
     places = {name: value for name, value in model.state_dict().items() if name in parts}

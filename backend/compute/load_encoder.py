@@ -6,7 +6,6 @@ As `load`, with one difference: linear layers outside the repeated blocks (poole
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import torch
 import transformers
@@ -15,13 +14,10 @@ from transformers import PreTrainedModel
 
 from backend.checkpoint import Checkpoint
 from backend.compute import fused
-from backend.compute.load import build, fill, own_dtypes, put, restore
-from backend.compute.sharding import shard, spans
+from backend.compute.load import build, fill, own_dtypes, put, restore, tie
+from backend.compute.sharding import check_split, shard, spans
 from backend.compute.weights import Reader, Recipe, recipes
 from backend.encoders import check_task
-from backend.errors import LoadError
-
-Progress = Callable[[float], None]
 
 _HEADS = re.compile(r"(^|\.)(cls|lm_head|pooler|classifier|qa_outputs|score|predictions|vocab_\w+|generator_\w+)\.")
 """Heads of other purposes that checkpoints carry along: they may stay unused."""
@@ -33,16 +29,14 @@ def load_encoder(
     world: int,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Progress = lambda share: None,
-    attention: str | None = None,
 ) -> PreTrainedModel:
     """Load this rank's shard of what transformers' class `auto` makes of the folder, in `dtype` on `device`.
 
-    `connect` must have been called. `attention` is a name in transformers' AttentionInterface; None: the family's own
-    default. LoadError, of one line, for anything that would not give exactly the model of the checkpoint.
+    `connect` must have been called. LoadError, of one line, for anything that would not give exactly the checkpoint's
+    model.
     """
     check_task(checkpoint, world)
-    model = build(checkpoint, getattr(transformers, auto), dtype, attention)
+    model = build(checkpoint, getattr(transformers, auto), dtype, None)
     with Reader(checkpoint) as reader:
         wanted = recipes(model, checkpoint, optional=lambda name: bool(_HEADS.search(name)))
         _drop_pooler(model, wanted)
@@ -52,12 +46,13 @@ def load_encoder(
         hidden = _hide(model)
         shard(model, world, device, dtype)
         _show(model, hidden, device)
+        check_split(model, world)
         restore(model, buffers, dtypes, device)
         _tie(model, tied)
         parts = {name: span for name, span in spans(model, False).items() if name not in tied}
         if fused.pays(device, dtype):
             fused.merge(model)
-        fill(model, wanted, parts, reader, progress)
+        fill(model, wanted, parts, reader)
     return model
 
 
@@ -70,21 +65,9 @@ def _drop_pooler(model: PreTrainedModel, wanted: dict[str, Recipe]) -> None:
 
 
 def _tied(model: PreTrainedModel, wanted: dict[str, Recipe], reader: Reader) -> dict[str, str]:
-    """Parameters that share another one's tensor, as transformers ties them.
-
-    The checkpoint may hold either; where it holds two that differ they are not tied.
-    """
-    tied: dict[str, str] = {}
-    for name, source in dict(model.all_tied_weights_keys).items():
-        if name in wanted and source in wanted:
-            first, second = (reader.part(wanted[each].names[0]) for each in (name, source))
-            if not torch.equal(first, second):
-                continue
-            del wanted[name]  # saved twice
-        elif name in wanted:
-            wanted[source] = wanted.pop(name)
-        tied[name] = source
-    return tied
+    """Parameters that share another one's tensor, and that one's name."""
+    stated = dict(model.all_tied_weights_keys)
+    return {name: source for name, source in stated.items() if tie(name, source, wanted, reader)}
 
 
 def _tie(model: PreTrainedModel, tied: dict[str, str]) -> None:
@@ -108,9 +91,3 @@ def _hide(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _show(model: PreTrainedModel, hidden: dict[str, nn.Module], device: torch.device) -> None:
     for name, module in hidden.items():
         put(model, name, module.to_empty(device=device))
-
-
-def check_split(model: PreTrainedModel, world: int) -> None:
-    """LoadError where DeepSpeed split nothing."""
-    if world > 1 and not any(type(module).__name__ == "LinearAllreduce" for module in model.modules()):
-        raise LoadError(f"DeepSpeed split nothing of {model.config.model_type}")

@@ -103,12 +103,17 @@ def _cut(layer: Any, whole: torch.Tensor) -> torch.Tensor:
     return part.data
 
 
+def check_split(model: PreTrainedModel, world: int) -> None:
+    """LoadError where DeepSpeed split nothing that should have been."""
+    if world > 1 and not any(_kind(module) == "columns" for module in model.modules()):
+        raise LoadError(f"DeepSpeed split nothing of {model.config.model_type}")
+
+
 def check_shards(model: PreTrainedModel, world: int) -> None:
     """LoadError unless what is split and what is whole fit together in every layer: else the text would be wrong."""
+    check_split(model, world)
     if world == 1:
         return
-    if not any(_kind(module) == "columns" for module in model.modules()):
-        raise LoadError(f"DeepSpeed split nothing of {model.config.model_type}")
     for path, module in model.named_modules():
         if any(_kind(child) != "whole" for child in module.children()):
             _check_block(path, module)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from hashlib import sha256
@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
 from backend.errors import LoadError
+from backend.ranks.rank import Birth
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 _SHARED_BYTES = 67 << 20
@@ -29,8 +30,21 @@ _SHARED_BYTES = 67 << 20
 _TIMEOUT = timedelta(minutes=10)
 """For a collective; a first start compiles DeepSpeed's operator meanwhile. Steps have the parent's watchdog."""
 
+_BUILDS = " (DeepSpeed compiles its shared-memory all-reduce when it is first used: about a minute)"
+
 _gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 """The newer name of the same collective (torch 2.13), the older one in torch 2.11."""
+
+
+def join(birth: Birth, progress: Callable[[str], None]) -> torch.device:
+    """This rank's device, its threads set, and the rank one of its group's; see `connect`."""
+    device = torch.device(f"cuda:{birth.rank}" if birth.config.device == "cuda" else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, birth.config.threads))
+    if birth.world > 1 and birth.rank == 0:
+        progress(f"joining {birth.world} ranks" + (_BUILDS if device.type == "cpu" else ""))
+    connect(birth.rank, birth.world, device, Path(birth.folder))
+    return device
 
 
 def connect(rank: int, world: int, device: torch.device, folder: Path | str) -> None:

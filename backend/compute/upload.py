@@ -1,7 +1,8 @@
-"""Arrays on their way to a device that is busy with the step before; it does not know what they are for."""
+"""Arrays on their way to a device that is busy, and back from it; it does not know what they are for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,3 +24,16 @@ def staged(array: NDArray[Any], device: torch.device) -> Tensor:
     """
     host = torch.from_numpy(np.array(array, order="C"))
     return host.pin_memory() if device.type == "cuda" else host
+
+
+def download(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """A CUDA device's tensors on their way into host memory; calling the result waits until they are there."""
+    copies = [torch.empty_like(each, device="cpu", pin_memory=True).copy_(each, non_blocking=True) for each in tensors]
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def arrived() -> list[Tensor]:
+        copied.synchronize()
+        return copies
+
+    return arrived

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import torch
 
-from backend.compute import decoder
+from backend.compute import decoder, tensor_parallel
 from backend.compute.tensor_parallel import connect
 from backend.config import EngineConfig
 from backend.generation.blocks import BlockPool
@@ -38,7 +38,7 @@ class Decoders:
 
     def open(self, config: EngineConfig, num_blocks: int) -> Capacity:
         """Load, tell the capacity, allocate."""
-        with patch.object(decoder, "connect"):  # once a process
+        with patch.object(tensor_parallel, "connect"):  # once a process
             self.decoder = decoder.Decoder(replace(self._birth, config=config), self._progress)
         capacity = self.decoder.capacity()
         self.decoder.allocate(num_blocks, config.max_model_len or capacity.max_model_len)

@@ -71,13 +71,12 @@ def _rank(rank, world, scratch, cases):
 
 
 def _attempt(folder, auto, world):
-    from backend.compute.load_encoder import check_split, load_encoder
+    from backend.compute.load_encoder import load_encoder
     from backend.errors import LoadError
     from backend.model_folder import Checkpoint
 
     try:
         model = load_encoder(Checkpoint.open(folder), auto, world, torch.device("cpu"), torch.float32)
-        check_split(model, world)
         return compute(model, auto)
     except LoadError as error:
         return str(error)
