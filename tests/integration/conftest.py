@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "fakes")]
 
 import families  # noqa: E402
-from serving import Served  # noqa: E402
+from serving import running  # noqa: E402
 from tiny import save_llama  # noqa: E402
 
 from backend import repository  # noqa: E402
@@ -56,10 +56,5 @@ def _write_broken(folder, smollm2, place):
 @pytest.fixture(scope="session")
 def served(tmp_path_factory, models):
     """The server, with everything loaded; at the end nothing of it may be left."""
-    server = Served(tmp_path_factory.mktemp("served"), models, "--explicit", "--keep-going")
-    try:
-        yield server.wait()
-    finally:
-        early, status = server.process.poll(), server.stop()
-    assert (early, status) == (None, 0), server.said
-    assert server.left() == []
+    with running(tmp_path_factory.mktemp("served"), models, "--explicit", "--keep-going") as server:
+        yield server

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from contextlib import contextmanager
 
 import grpc
 import numpy as np
@@ -29,6 +30,18 @@ TYPES = {"max_tokens": "i4", "min_tokens": "i4", "n": "i4", "top_k": "i4", "inpu
          "presence_penalty": "f4", "seed": "u8", "random_seed": "u8", "min_length": "i4"}  # fmt: skip
 DRAIN, LIMIT = 5, 40
 """Seconds: what requests get at the end, and the outer limit, since 2.51 can hang with an open stream."""
+
+
+@contextmanager
+def running(folder, repository, *arguments):
+    """A server that is ready; at the end it must stop in order and leave nothing."""
+    server = Served(folder, repository, *arguments)
+    try:
+        yield server.wait()
+    finally:
+        early, status = server.process.poll(), server.stop()
+    assert (early, status) == (None, 0), server.said
+    assert server.left() == []
 
 
 class Served:

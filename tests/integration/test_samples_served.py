@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "fakes")]
 
 import tiny_encoders  # noqa: E402
-from serving import Served  # noqa: E402
+from serving import running  # noqa: E402
 
 from backend import repository, samples  # noqa: E402
 from backend.training import handwriting  # noqa: E402
@@ -40,13 +40,8 @@ def server(tmp_path_factory):
     for task, (auto, config) in HEADS.items():
         folder = tiny_encoders.write(place / task, auto=auto, **config)
         repository.write(models, task, task, {"model": str(folder)})
-    server = Served(tmp_path_factory.mktemp("served"), models)
-    try:
-        yield server.wait()
-    finally:
-        status = server.stop()
-    assert status == 0, server.said
-    assert server.left() == []
+    with running(tmp_path_factory.mktemp("served"), models) as server:
+        yield server
 
 
 def held_out(task):

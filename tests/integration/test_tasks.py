@@ -14,7 +14,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 sys.path.insert(0, str(Path(__file__).parent))
-from serving import Served, eventually, gone
+from serving import eventually, gone, running
 
 from backend import repository, samples
 
@@ -27,13 +27,8 @@ def server(tmp_path_factory):
     models, model = tmp_path_factory.mktemp("repository"), str(samples.fetch("embed"))
     repository.write(models, "embed", "embed", {"model": model})
     _narrow(repository.write(models, "embed", "narrow", {"model": model}) / "config.pbtxt")
-    server = Served(tmp_path_factory.mktemp("served"), models, "--explicit", "--keep-going")
-    try:
-        yield server.wait()
-    finally:
-        status = server.stop()
-    assert status == 0, server.said
-    assert server.left() == []
+    with running(tmp_path_factory.mktemp("served"), models, "--explicit", "--keep-going") as server:
+        yield server
 
 
 def _narrow(path):

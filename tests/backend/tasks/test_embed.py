@@ -2,7 +2,7 @@
 
 import json
 import sys
-import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +13,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 import transformers
+from serving_tasks import served
 from tiny_encoders import save_tokenizer, write
 
 from backend import samples
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError
 from backend.tasks.embed import Embed, pool, without_prompts
-from backend.tasks.service import Service
 from backend.tasks.task import decode
 
 TEXTS = [
@@ -39,43 +39,15 @@ TEXTS = [
 ]
 
 
-class Asked:
-    def __init__(self, texts, **options):
-        self._rows = [{"text": text.encode(), **options} for text in texts]
-        self.done = threading.Event()
-
-    def rows(self):
-        return self._rows
-
-    def answer(self, outputs):
-        self.outcome = outputs
-        self.done.set()
-
-    fail = answer
-
-
 def ask(service, texts, **options):
-    service.serve([asked := Asked(texts, **options)])
-    assert asked.done.wait(60)
-    if isinstance(asked.outcome, Exception):
-        raise asked.outcome
-    return asked.outcome
+    return service(*({"text": text.encode(), **options} for text in texts))
 
 
 @pytest.fixture
 def serving():
     """Services by folder, closed at the end."""
-    opened = []
-
-    def serve(folder, **settings):
-        config = EngineConfig(model=str(folder), device="cpu", threads=1, **settings)
-        opened.append(Service("embed", config, lambda line: None))
-        opened[-1].start()
-        return opened[-1]
-
-    yield serve
-    for service in opened:
-        service.close()
+    with ExitStack() as opened:
+        yield lambda folder, **settings: opened.enter_context(served("embed", folder, **settings))
 
 
 @pytest.fixture(scope="module")

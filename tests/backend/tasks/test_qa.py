@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +13,11 @@ import transformers
 from backend.config import EngineConfig
 from backend.errors import InvalidInput
 from backend.tasks.qa import Context, QuestionAnswering, Window, best
-from backend.tasks.service import Service
 from backend.tasks.text import Texts
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
+from serving_tasks import served
 from tiny_encoders import write
 
 AUTO = "AutoModelForQuestionAnswering"
@@ -213,27 +211,10 @@ def test_what_does_not_fit_is_refused_with_its_numbers_and_alone(bert):
     assert len(task.prepare([task.parse(row(question="and " * 10, context="good"))])[0]) == 1
 
 
-class Asked(SimpleNamespace):
-    def __init__(self, *rows):
-        super().__init__(rows=lambda: [*rows], done=threading.Event(), found=None)
-
-    def answer(self, outputs):
-        self.found = outputs
-        self.done.set()
-
-    fail = answer
-
-
 def test_through_a_rank_with_neighbours_and_a_bad_one(bert):
-    service = Service("qa", EngineConfig(model=str(bert), device="cpu", threads=1, step_tokens=256), lambda line: None)
-    service.start()
-    try:
-        asked = [Asked(row(top_k=3), row(context="good", top_k=3)), Asked(row(question="")), Asked(row(context=SHORT))]
-        service.serve(asked)
-        assert all(each.done.wait(60) for each in asked)
-    finally:
-        service.close()
-    two, bad, one = (each.found for each in asked)
+    requests = [row(top_k=3), row(context="good", top_k=3)], [row(question="")], [row(context=SHORT)]
+    with served("qa", bert, step_tokens=256) as ask:
+        two, bad, one = ask.together(*requests)
     assert isinstance(bad, InvalidInput)
     expected = truth(bert, QUESTION, LONG, top_k=3)
     assert [text.decode() for text in two["answer"][0]] == [text for text, *_ in expected]

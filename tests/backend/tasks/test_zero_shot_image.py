@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +14,11 @@ from PIL import Image
 
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError
-from backend.tasks.service import Service
 from backend.tasks.zero_shot_image import ZeroShotImage
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
+from serving_tasks import served
 from tiny_encoders import save_tokenizer, write
 
 LABELS = ["quick brown fox", "river", "a very boring, terrible book", "café"]
@@ -63,35 +61,18 @@ def task_of(folder, **config):
     return ZeroShotImage(folder, EngineConfig(model=str(folder), step_tokens=256, **config))
 
 
-class Asked(SimpleNamespace):
-    def __init__(self, *rows):
-        super().__init__(rows=lambda: [*rows], done=threading.Event(), found=None)
-
-    def answer(self, outputs):
-        self.found = outputs
-        self.done.set()
-
-    fail = answer
-
-
 def test_answers_are_the_pipelines_whoever_shares_the_batch(folder):
     pipe = transformers.pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
     images = [picture(0), picture(1, 20, 90), picture(2, 64, 64, "RGBA")]
     own = "a {} of nobody"
-    one = Asked(row(file(images[0])), row(file(images[1])))
-    two = Asked(row(file(images[2]), LABELS[:2], hypothesis_template=own.encode()))
-    bad = Asked(row(b"no image"))
-    service = Service("zero_shot_image", EngineConfig(model=str(folder), device="cpu", threads=1), lambda line: None)
-    service.start()
-    try:
-        service.serve([one, bad, two])
-        assert all(each.done.wait(60) for each in (one, bad, two))
-    finally:
-        service.close()
-    assert isinstance(bad.found, InvalidInput)
+    both = [row(file(images[0])), row(file(images[1]))]
+    other = [row(file(images[2]), LABELS[:2], hypothesis_template=own.encode())]
+    with served("zero_shot_image", folder) as ask:
+        one, bad, two = ask.together(both, [row(b"no image")], other)
+    assert isinstance(bad, InvalidInput)
     expected = [pipe(image, candidate_labels=LABELS) for image in images[:2]]
-    same(one.found, expected)
-    same(two.found, [pipe(images[2], candidate_labels=LABELS[:2], hypothesis_template=own)])
+    same(one, expected)
+    same(two, [pipe(images[2], candidate_labels=LABELS[:2], hypothesis_template=own)])
     assert expected[0][0]["score"] - expected[0][-1]["score"] > 0.01, "all labels alike would show nothing"
 
 
