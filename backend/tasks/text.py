@@ -81,12 +81,13 @@ class TextTask:
 
     def fit(self, encoding: Any, truncate: bool) -> Any:
         """The encoding if it fits, nothing if it is to be cut; InvalidInput names both lengths where it may not be."""
-        if not encoding.ids:
+        tokens = len(encoding)  # .ids would copy them
+        if not tokens:
             raise InvalidInput("the text is empty: this model's tokenizer makes no tokens of it")
-        if len(encoding.ids) <= self.longest:
+        if tokens <= self.longest:
             return encoding
         if not truncate:
-            long = f"the text has {len(encoding.ids)} tokens, the model takes {self.longest}"
+            long = f"the text has {tokens} tokens, the model takes {self.longest}"
             raise InvalidInput(f"{long}; shorten it or ask to truncate")
         return None  # the caller encodes again with truncation
 
