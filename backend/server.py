@@ -250,11 +250,11 @@ def local_commands(name: str, ports: Ports, task: str = "generate") -> list[str]
         return _task_commands(command, f"{ports.local}:{ports.http}", name, task)
     other = "" if ports.grpc == 8001 else f", port={ports.grpc}"
     return [
-        f'{program} generate --name {name}{flag} "The capital of France is"',
+        f'{program} generate --name {name}{flag} --temperature 0 --max-tokens 16 "The capital of France is"',
         f"curl -s {ports.local}:{ports.http}/v2/models/{name}/generate "
-        """-d '{"text_input": "The capital of France is", "max_tokens": 16}'""",
+        """-d '{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}'""",
         f"{sys.executable} -c 'from client import pipeline; "
-        f'print(pipeline("generate", name="{name}"{other})("Hello").text)\'',
+        f'print(pipeline("generate", name="{name}"{other})("Hello", temperature=0).text)\'',
     ]
 
 

@@ -109,8 +109,12 @@ class Served:
 
     # ---- asking
 
+    def of(self, task, model=None, **options):
+        """A pipeline of any task."""
+        return pipeline(task, model, "127.0.0.1", self.port, **options)
+
     def pipeline(self, model, **options):
-        return pipeline("generate", model, "127.0.0.1", self.port, **options)
+        return self.of("generate", model, **options)
 
     def async_pipeline(self, model, **options):
         return async_pipeline("generate", model, "127.0.0.1", self.port, **options)

@@ -10,16 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "fakes")]
 
 import tiny_encoders  # noqa: E402
 from serving import running  # noqa: E402
+from tiny_clip import write_clip  # noqa: E402
 
 from backend import repository, samples  # noqa: E402
 from backend.training import handwriting  # noqa: E402
-from client import InvalidInput, pipeline  # noqa: E402
+from client import InvalidInput  # noqa: E402
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -40,7 +43,9 @@ def server(tmp_path_factory):
     for task, (auto, config) in HEADS.items():
         folder = tiny_encoders.write(place / task, auto=auto, **config)
         repository.write(models, task, task, {"model": str(folder)})
+    repository.write(models, "zero_shot_image", "zero_shot_image", {"model": str(write_clip(place / "clip"))})
     with running(tmp_path_factory.mktemp("served"), models) as server:
+        server.clip = place / "clip"
         yield server
 
 
@@ -48,15 +53,11 @@ def held_out(task):
     return json.loads((samples.fetch(task) / "heldout.json").read_text())
 
 
-def of(server, task):
-    return pipeline(task, host="127.0.0.1", port=server.port)
-
-
 def test_classify_is_right_and_equals_transformers(server):
     from transformers import pipeline as theirs
 
     rows = held_out("classify")[:500]
-    with of(server, "classify") as pipe:
+    with server.of("classify") as pipe:
         found = pipe([row["text"] for row in rows])
     assert np.mean([labels[0].label == row["label"] for labels, row in zip(found, rows, strict=True)]) >= 0.83
     torch.set_num_threads(1)
@@ -70,7 +71,7 @@ def test_classify_is_right_and_equals_transformers(server):
 
 def test_qa_is_right(server):
     rows = held_out("qa")
-    with of(server, "qa") as pipe:
+    with server.of("qa") as pipe:
         found = pipe(question=[row["question"] for row in rows], context=[row["context"] for row in rows])
     right = [answer.answer == row["answer"] for answer, row in zip(found, rows, strict=True)]
     assert len(rows) >= 200 and np.mean(right) >= 0.9
@@ -81,7 +82,7 @@ def test_qa_is_right(server):
 def test_digits_are_recognised_and_diffusers_own(server):
     from diffusers import StableDiffusionPipeline
 
-    with of(server, "text_to_image") as pipe:
+    with server.of("text_to_image") as pipe:
         images = [*map(pipe, [f"a handwritten {name}" for name in DIGITS])]
         three = pipe("a handwritten three", seed=7, num_inference_steps=5)[0]
     drawn = np.stack([np.asarray(each[0], np.float32) / 255 for each in images])
@@ -97,21 +98,31 @@ def test_digits_are_recognised_and_diffusers_own(server):
 
 
 def test_the_other_tasks_answer(server):
-    with of(server, "rerank") as pipe:
+    with server.of("rerank") as pipe:
         ranked = pipe("the cat", ["a dog runs", "the cat sat", "no"], top_k=2)
         assert len(ranked) == 2 and ranked[0].score >= ranked[1].score
-    with of(server, "token_classification") as pipe:
+    with server.of("token_classification") as pipe:
         text = "the cat sat"
         for entity in pipe(text):
             assert text[entity.start : entity.end].lower() == entity.word
-    with of(server, "fill_mask") as pipe:
+    with server.of("fill_mask") as pipe:
         found = pipe("the [MASK] sat", top_k=3)
         assert len(found) == 3 and found[0].score >= found[2].score
         with pytest.raises(InvalidInput, match=r"\[MASK\]"):
             pipe("no mask here")
+    picture = Image.new("RGB", (50, 37), "red")
+    with server.of("zero_shot_image") as pipe:
+        found = pipe(picture, ["a cat", "a dog", "nothing"])
+        assert sum(label.score for label in found) == pytest.approx(1.0, abs=1e-5)
+        theirs = transformers.pipeline("zero-shot-image-classification", str(server.clip), device="cpu")
+        expected = theirs(picture, candidate_labels=["a cat", "a dog", "nothing"])
+    assert [label.label for label in found] == [each["label"] for each in expected]
+    assert [label.score for label in found] == pytest.approx([each["score"] for each in expected], abs=1e-4)
 
 
-@pytest.mark.parametrize("task", ["classify", "qa", "text_to_image", "rerank", "token_classification", "fill_mask"])
+@pytest.mark.parametrize(
+    "task", ["classify", "qa", "text_to_image", "rerank", "token_classification", "fill_mask", "zero_shot_image"]
+)
 def test_perf_analyzers_inputs_run(server, task):
     quick = ["--measurement-mode", "count_windows", "--stability-percentage", "999", "--measurement-request-count", "2"]
     line = [ROOT / "scripts" / "perf", "-u", f"127.0.0.1:{server.port}", "-m", task, *quick, "--concurrency-range", "2"]

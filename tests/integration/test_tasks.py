@@ -109,13 +109,46 @@ def test_queue_overflow_is_refused(server):
     assert {error.status() for error in failures} == {"StatusCode.UNAVAILABLE"}
 
 
-def test_a_killed_rank_comes_back(server):
+def test_what_waits_too_long_in_the_queue_is_refused(server):
+    failures = [found for found in crowd(server, timeout=1000) if isinstance(found, Exception)]
+    late = [error for error in failures if "timeout" in str(error).lower()]
+    assert late and {error.status() for error in late} == {"StatusCode.UNAVAILABLE"}
+    with server.of("embed", "narrow") as pipe:  # it works on
+        assert pipe("afterwards").shape == (384,)
+
+
+def test_overflow_over_http_is_503(server):
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [16, 1], "data": ["long " * 200] * 16}
+    with ThreadPoolExecutor(24) as pool:
+        found = [*pool.map(lambda _: server.post("narrow/infer", {"inputs": [tensor]}), range(24))]
+    assert {status for status, _ in found} == {200, 503}
+
+
+def test_a_killed_rank_fails_what_is_under_way_and_comes_back(server):
     _, (rank,) = server.family("embed")
     expected = ask(server, ["before the end"])
-    rank.kill()
+    with ThreadPoolExecutor(8) as pool:
+        texts = [[f"{i} {j} " + "long " * 200 for j in range(64)] for i in range(8)]
+        waiting = [pool.submit(tried, server, each) for each in texts]
+        time.sleep(0.5)
+        rank.kill()
+        failures = [found for each in waiting if isinstance(found := each.result(), Exception)]
+    assert failures and {error.status() for error in failures} == {"StatusCode.UNAVAILABLE"}
+    assert all("EngineDown: " in str(error) for error in failures)
     assert not gone([rank])
     eventually(lambda: isinstance(found := tried(server, [f"after {time.time()}"]), np.ndarray) and found.shape)
     assert np.allclose(ask(server, ["before the end"]), expected)
+
+
+def test_the_cache_answers_what_repeats_where_it_is_asked_for(tmp_path_factory):
+    models = tmp_path_factory.mktemp("repository")
+    repository.write(models, "embed", "embed", {"model": str(samples.fetch("embed"))})
+    with running(tmp_path_factory.mktemp("cached"), models, "--cache-mib", "16") as server:
+        first, other, again = (ask(server, [text]) for text in ("the same", "another", "the same"))
+        found = counters(server)
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert found["nv_cache_num_hits_per_model"] == 1 and found["nv_cache_num_misses_per_model"] == 2
+    assert found["nv_inference_exec_count"] == 2
 
 
 def test_unload_leaves_no_process(server):

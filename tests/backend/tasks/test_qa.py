@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from backend import samples
 from backend.config import EngineConfig
 from backend.errors import InvalidInput
 from backend.tasks.qa import Context, QuestionAnswering, Window, best
@@ -222,3 +224,16 @@ def test_through_a_rank_with_neighbours_and_a_bad_one(bert):
     assert two["answer"][1].tolist() == [b"good", b"", b""]
     assert two["start"][1].tolist() == [0, -1, -1] and two["end"].dtype == np.int32
     assert one["answer"].tolist() == [[truth(bert, QUESTION, SHORT)[0][0].encode()]]
+
+
+@pytest.mark.slow
+def test_two_hundred_questions_to_the_sample_with_long_contexts_among_them():
+    folder = samples.fetch("qa")
+    held = json.loads((folder / "heldout.json").read_text())
+    rows = [(each["question"], each["context"]) for each in held[:180]]
+    contexts = [each["context"] for each in held]
+    rows += [(held[at]["question"], " ".join(contexts[at : at + 30])) for at in range(180, 200)]
+    assert len(rows) == 200 and max(len(context) for _, context in rows) > 3000
+    found = answered(task_of(folder), model_of(folder), [row(question, context) for question, context in rows])
+    for answers, (question, context) in zip(found, rows, strict=True):
+        same(answers, truth(folder, question, context, max_seq_len=384, doc_stride=128))

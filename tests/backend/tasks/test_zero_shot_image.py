@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from PIL import Image
 
@@ -19,7 +18,8 @@ from backend.tasks.zero_shot_image import ZeroShotImage
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 from serving_tasks import served
-from tiny_encoders import save_tokenizer, write
+from tiny_clip import write_clip
+from tiny_encoders import write
 
 LABELS = ["quick brown fox", "river", "a very boring, terrible book", "café"]
 
@@ -27,19 +27,6 @@ LABELS = ["quick brown fox", "river", "a very boring, terrible book", "café"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("clip"))
-
-
-def write_clip(folder):
-    size = save_tokenizer(folder, "roberta")
-    block = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=16)
-    text = dict(block, vocab_size=size, max_position_embeddings=64, bos_token_id=0, eos_token_id=2, pad_token_id=1)
-    vision = dict(block, image_size=32, patch_size=8)
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16, initializer_factor=5.0)
-    torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    sizes = dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    transformers.CLIPImageProcessorPil(**sizes).save_pretrained(folder)
-    return folder
 
 
 def picture(seed, width=50, height=37, mode="RGB"):
