@@ -155,6 +155,16 @@ def test_strided_inputs() -> None:
     made.check(Rule(0.125))
 
 
+@pytest.mark.parametrize("chunks", [SHORT, DECODE], ids=["mixed", "decode"])
+def test_read_alone(chunks: list[tuple[int, int]]) -> None:
+    """With the keys and values in the cache already, queries as a slice of a wider tensor."""
+    made = Fixture(chunks, torch.float32, 64, 6, 2)
+    step = Step.from_plan(made.plan, DEVICE, made.cache)
+    expected = kernels.attend(*made.inputs, 0, step, Rule(0.1, window=33))
+    wide = torch.cat([made.inputs[0].transpose(0, 1), torch.ones(made.inputs[0].shape[1], 3, 64, device=DEVICE)], 1)
+    assert torch.equal(kernels.read(wide[:, :6], 0, step, Rule(0.1, window=33)), expected)
+
+
 def test_rubbish_of_earlier_owners_is_not_read() -> None:
     for chunks in (SHORT, DECODE):
         made = Fixture(chunks, torch.float32, 64, 6, 2)

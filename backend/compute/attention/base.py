@@ -1,6 +1,6 @@
 """What an attention kernel is asked and which one serves a device; it does not know how any of them computes.
 
-A new kernel is one file with a function `attend` and its line in KERNELS.
+A new kernel is one file with the two functions of `Kernel` and its line in KERNELS.
 """
 
 from __future__ import annotations
@@ -33,17 +33,23 @@ class Rule:
     """[heads], logits that take part in the softmax and carry no value (gpt-oss)."""
 
 
-class Attend(Protocol):
-    """Writes a layer's new keys and values into the step's cache, then attends every chunk to its whole sequence."""
+class Kernel(Protocol):
+    """A module that computes attention of every chunk of a step to its whole sequence."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
-        """[heads, tokens, dim] and twice [kv heads, tokens, dim] -> [tokens, heads, dim]."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
+        """Writes the new keys and values into the step's cache, then reads.
+
+        [heads, tokens, dim] and twice [kv heads, tokens, dim] -> [tokens, heads, dim].
+        """
+
+    def read(self, query: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
+        """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim]."""
 
 
-def kernel(device_type: str) -> Attend:
+def kernel(device_type: str) -> Kernel:
     """The kernel for a device; LoadError where there is none or it cannot be imported."""
     try:
-        return cast(Attend, import_module(f"{__package__}.{KERNELS[device_type]}").attend)
+        return cast(Kernel, import_module(f"{__package__}.{KERNELS[device_type]}"))
     except KeyError:
         raise LoadError(f"no attention kernel for device {device_type!r}; known: {', '.join(KERNELS)}") from None
     except ImportError as error:

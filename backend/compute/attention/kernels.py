@@ -31,11 +31,8 @@ PROGRAMS_PER_PROCESSOR = 2
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
     """[heads, tokens, dim] and twice [kv heads, tokens, dim] -> [tokens, heads, dim]."""
-    kv = step.cache.layers[layer]
-    if query.shape[2] > WIDEST_HEAD or query.shape[2] % 8:
-        raise LoadError(f"head size {query.shape[2]}: the CUDA kernel takes multiples of 8 up to {WIDEST_HEAD}")
-    _write(kv, key, value, step.kv_slots)
-    return _read(kv, query, step, rule)
+    _write(step.cache.layers[layer], key, value, step.kv_slots)
+    return read(query.transpose(0, 1), layer, step, rule)
 
 
 def _write(kv: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
@@ -47,8 +44,12 @@ def _write(kv: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
     )  # fmt: skip
 
 
-def _read(kv: Tensor, query: Tensor, step: Step, rule: Rule) -> Tensor:
-    heads, tokens, dim = query.shape
+def read(query: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
+    """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim]."""
+    kv = step.cache.layers[layer]
+    tokens, heads, dim = query.shape
+    if dim > WIDEST_HEAD or dim % 8:
+        raise LoadError(f"head size {dim}: the CUDA kernel takes multiples of 8 up to {WIDEST_HEAD}")
     kv_heads = kv.shape[3]
     group = heads // kv_heads
     query = _dense(query)
@@ -62,7 +63,7 @@ def _read(kv: Tensor, query: Tensor, step: Step, rule: Rule) -> Tensor:
     partial, weight = _partials(output, splits)
     _attend_kernel[(len(tiles), kv_heads, splits)](
         partial, weight, query, kv, rule.sinks, tiles, step.query_starts, step.kv_lengths, step.block_tables,
-        rule.scaling, rule.softcap, query.stride(0), query.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
+        rule.scaling, rule.softcap, query.stride(1), query.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
         step.block_tables.stride(0), rule.window,
         GROUP=group, DIM=dim, PADDED=_padded(dim), BLOCK_SIZE=kv.shape[1], ROWS=rows, COLUMNS=columns,
         TOKENS=tokens_per_tile, DECODE=step.decode, SPLITS=splits, WINDOWED=bool(rule.window),

@@ -28,7 +28,7 @@ class Part:
     """Rows of the step that are computed together, and the context that they read."""
 
     rows: Tensor | slice  # the tokens of the step: [S] chunks of one token, or one chunk
-    context: Tensor | None  # int64 [S * L], token slots; None: the chunk's own keys and values are all there is
+    context: Tensor | None  # int64 [S * L], token slots; None: those that this chunk writes are all there are
     mask: Tensor | None  # [S or 1, 1, rows or 1, L], added to the scores; None: nothing hidden, or causal
     causal: bool = False
 
@@ -38,11 +38,21 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, ru
     kv = step.cache.tokens(layer)  # [slots, 2, kv heads, dim]
     kv[:, 0].index_copy_(0, step.kv_slots, key.transpose(0, 1))
     kv[:, 1].index_copy_(0, step.kv_slots, value.transpose(0, 1))
+    return _read(query, (key, value), layer, step, rule)
+
+
+def read(query: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
+    """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim]."""
+    return _read(query.transpose(0, 1), None, layer, step, rule)
+
+
+def _read(query: Tensor, new: tuple[Tensor, Tensor] | None, layer: int, step: Step, rule: Rule) -> Tensor:
+    """`new`: the step's own keys and values, where they need not be gathered from the cache."""
     output = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
     for part in step.once(("decode", rule.window, query.dtype), lambda: list(_decodes(step, rule.window, query.dtype))):
         output[part.rows] = _decode(part, query[:, part.rows], layer, step, rule)
     for part in step.once(("chunks", rule.window, query.dtype), lambda: list(_chunks(step, rule.window, query.dtype))):
-        output[part.rows] = _chunk(part, query[:, part.rows], key, value, layer, step, rule)
+        output[part.rows] = _chunk(part, query[:, part.rows], new, layer, step, rule)
     return output
 
 
@@ -56,13 +66,14 @@ def _decode(part: Part, query: Tensor, layer: int, step: Step, rule: Rule) -> Te
     return _weigh(grouped, keys, values, part, rule, sinks).reshape(count, heads, dim)
 
 
-def _chunk(part: Part, query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
+def _chunk(part: Part, query: Tensor, new: tuple[Tensor, Tensor] | None, layer: int, step: Step, rule: Rule) -> Tensor:
     """[heads, rows, dim] -> [rows, heads, dim]; kv heads are the batch, each expanded over its group without a copy."""
     heads, count, dim = query.shape
-    if part.context is None:
-        keys, values = key[:, part.rows], value[:, part.rows]
+    if part.context is None and new is not None:
+        keys, values = (each[:, part.rows] for each in new)
     else:
-        keys, values = (gathered[0] for gathered in step.cache.gather(layer, part.context, 1))
+        context = step.kv_slots[part.rows] if part.context is None else part.context
+        keys, values = (gathered[0] for gathered in step.cache.gather(layer, context, 1))
     group = heads // keys.shape[0]
     grouped = query.reshape(keys.shape[0], group, count, dim)
     sinks = rule.sinks if rule.sinks is None else rule.sinks.view(-1, group, 1, 1)

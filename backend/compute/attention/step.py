@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.compute.attention.base import Attend, Rule, kernel
+from backend.compute.attention.base import Kernel, Rule, kernel
 from backend.compute.cache import KVCache
 from backend.compute.upload import staged, upload
 from backend.generation.plan import Ints, Longs, Plan
@@ -34,7 +34,7 @@ class Step:
     """Whether every chunk is one token."""
     host_starts: Ints  # [S + 1], query_starts; only kernels for steps that are not static may look
     host_lengths: Ints  # [S], kv_lengths; the same
-    kernel: Attend
+    kernel: Kernel
     kept: dict[Hashable, Any] = field(default_factory=dict)
     """What kernels derive once a step and use in every layer; use `once`."""
 
@@ -79,7 +79,11 @@ class Step:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         """One layer's attention: [heads, tokens, dim], twice [kv heads, tokens, dim] -> [tokens, heads, dim]."""
-        return self.kernel(query, key, value, layer, self, rule)
+        return self.kernel.attend(query, key, value, layer, self, rule)
+
+    def read(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
+        """The same where the step's keys and values are in the cache already: [tokens, heads, dim], to and fro."""
+        return self.kernel.read(query, layer, self, rule)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` returns, made by the first layer that asks under this key."""

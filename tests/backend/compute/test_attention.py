@@ -256,6 +256,25 @@ def test_padding_rows_of_a_static_step_are_harmless() -> None:
     torch.testing.assert_close(cache.layers[0][:6], after[:6])
 
 
+@pytest.mark.parametrize("window", [0, 3])
+def test_reading_alone_equals_attending(window: int) -> None:
+    """A whole prompt, a continued one and a single token, whose keys and values are in the cache already."""
+    torch.manual_seed(0)
+    cache = KVCache([LayerSpec(2, 8)], 8, BLOCK, torch.float32, "cpu")
+    cache.layers[0].fill_(torch.nan)
+    query, key, value = torch.randn(4, 14, 8), torch.randn(2, 14, 8), torch.randn(2, 14, 8)
+    from backend.compute.attention.base import Rule
+
+    rule = Rule(0.3, window)
+    tables = [([3, 1], 0), ([2, 5], 0), ([7], 0)]
+    whole = Step.from_plan(plan(tables, [6, 7, 1], [[0] * 7] * 3), "cpu", cache)
+    expected = whole.attend(0, query, key, value, rule)
+    torch.testing.assert_close(whole.read(0, query.transpose(0, 1), rule), expected)
+    rest = Step.from_plan(plan([([3, 1], 2), ([2, 5], 6), ([7], 0)], [4, 1, 1], [[0] * 7] * 3), "cpu", cache)
+    rows = [2, 3, 4, 5, 12, 13]
+    torch.testing.assert_close(rest.read(0, query.transpose(0, 1)[rows], rule), expected[rows])
+
+
 def test_unknown_device() -> None:
     with pytest.raises(LoadError, match="'xpu'"):
         kernel("xpu")
