@@ -48,6 +48,8 @@ class EngineConfig:
     run_ahead: bool = True
     """Whether step N+1 is sent before step N's tokens have come back."""
     cuda_graphs: bool = True
+    fused_kernels: bool = True
+    """Whether decoder layers of known structure are computed by fused kernels (CUDA); each is tried at load."""
     threads: int = 0
     """CPU threads of a rank; 0: the cores shared evenly among the ranks on CPU, 1 on CUDA."""
     default_max_tokens: int = 256

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -31,6 +31,8 @@ class LayerSpec:
     head_dim: int
     window: int = 0
     """Sliding window in tokens; 0: none."""
+    rule: Rule | None = field(default=None, compare=False)
+    """All of how the layer attends, as it asked for it; it holds tensors of the model."""
 
 
 class KVCache:
@@ -114,7 +116,7 @@ class Recorder:
             )
         if query.shape[0] % key.shape[0]:
             raise LoadError(f"layer {layer} has {query.shape[0]} heads on {key.shape[0]} kv heads: not a multiple")
-        self.specs[layer] = LayerSpec(key.shape[0], key.shape[2], rule.window)
+        self.specs[layer] = LayerSpec(key.shape[0], key.shape[2], rule.window, rule)
         return torch.zeros_like(query.transpose(0, 1))
 
 

@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.checkpoint import Checkpoint, dtype_name, resolve
+from backend.compute import blocks, norms
 from backend.compute.attention.families import length_limit
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, bytes_per_block, probe
-from backend.compute.graphs import DecodeGraph, sizes
+from backend.compute.dense.base import ops
+from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
-from backend.compute.sampler import Sampler
-from backend.compute.tensor_parallel import join
+from backend.compute.sampler import BROKEN, Sampler
+from backend.compute.tensor_parallel import VocabParallelHead, join
 from backend.compute.upload import download, upload
 from backend.config import DTYPES, EngineConfig
 from backend.devices import free_host_memory
@@ -41,10 +43,22 @@ class Decoder:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what merging projections let go of
         self._specs = probe(self._model, self._device)
+        self._ops = ops(self._device.type)
+        if self._device.type == "cuda" and birth.config.fused_kernels:
+            self._fuse()
         self._sampler = Sampler(self._checkpoint.vocab_size, self._config.max_sequences, self._device)
-        self._last = torch.zeros(self._config.max_sequences, dtype=torch.int64, device=self._device)  # by slot
+        slots = self._config.max_sequences + 1  # one for padding
+        self._last = torch.zeros(slots, dtype=torch.int64, device=self._device)
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+
+    def _fuse(self) -> None:
+        """What transformers computes in many kernels, in few."""
+        self._progress(blocks.install(self._model, self._specs, self._world, self._dtype, self._device))
+        norms.replace(self._model)
+        for module in self._model.modules():
+            if isinstance(module, VocabParallelHead):
+                module.project = blocks.projected
 
     def capacity(self) -> Capacity:
         """What fits beside the weights and the largest step's activations."""
@@ -92,29 +106,30 @@ class Decoder:
     @torch.inference_mode()
     def _run(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """Sampled token ids [R] and log-probabilities [R] or None, on the device."""
-        slots = self._put(plan.slots).long()
-        logits = self._logits(plan, self._input_ids(plan, slots))
-        rows = self._put(plan.rows)
+        if plan.decode and (size := min((size for size in self._graphs if size >= len(plan.rows)), default=0)):
+            logits, best = self._graphs[size].replay(plan)
+            if plan.sampling.plain:
+                return best, None
+        else:
+            logits = self._logits(plan)
+        slots, rows = self._put(plan.slots).long(), self._put(plan.rows)
         token_ids, logprobs = self._sampler.sample(logits.float(), plan.sampling, slots[rows], plan.histories)
         if self._world > 1 and self._device.type == "cuda" and not plan.sampling.greedy:
             torch.distributed.broadcast(token_ids, 0)  # a scan on CUDA may round differently on another GPU
         self._last[slots[rows]] = token_ids.clamp(min=0)  # of a broken row too: the next step is already on its way
         return token_ids, logprobs
 
-    def _input_ids(self, plan: Plan, slots: Tensor) -> Tensor:
-        """[T] with the tokens that only the ranks know."""
-        ids = self._put(plan.input_ids).long()
-        lengths = np.diff(plan.query_starts)
-        return torch.where(ids == LAST_TOKEN, self._last[self._put(np.repeat(plan.slots, lengths)).long()], ids)
-
-    def _logits(self, plan: Plan, ids: Tensor) -> Tensor:
+    def _logits(self, plan: Plan) -> Tensor:
         """[R, vocabulary], of the last token of each chunk that samples."""
         count = len(plan.rows)
-        if plan.decode and (size := min((size for size in self._graphs if size >= count), default=0)):
-            return self._graphs[size].replay(plan, ids)
+        ids, slots = self._put(plan.input_ids), self._put(np.repeat(plan.slots, np.diff(plan.query_starts)))
         ends = self._put(plan.query_starts[1:][plan.rows] - 1 if count else np.zeros(1, np.int64)).long()
         step = Step.from_plan(plan, self._device, self._cache)
-        return self._forward(ids, self._put(plan.positions).long(), step, ends)[:count]
+        return self._forward(self._known(ids, slots), self._put(plan.positions).long(), step, ends)[:count]
+
+    def _known(self, ids: Tensor, slots: Tensor) -> Tensor:
+        """int64 [T] with the tokens that only the ranks know."""
+        return torch.where(ids == LAST_TOKEN, self._last[slots.long()], ids.long())
 
     def _forward(self, ids: Tensor, positions: Tensor, step: Step, keep: Tensor | int) -> Tensor:
         output = self._model(
@@ -125,7 +140,14 @@ class Decoder:
 
     def _capture(self, size: int) -> DecodeGraph:
         width = -(-self._max_model_len // self._config.block_size)
-        return DecodeGraph(self._forward, size, width, self._cache, self._pool)
+        return DecodeGraph(self._decode, Inputs(self._cache, size, width, len(self._last) - 1), self._pool)
+
+    def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Logits [S, vocabulary] and the most likely tokens [S] of one token a sequence, noted for the next step."""
+        logits = self._forward(self._known(ids, slots), positions.long(), step, 0)
+        values, tokens = self._ops.best(logits)
+        self._last[slots.long()] = tokens  # of a broken row too: the next step is already on its way
+        return logits, tokens.masked_fill(~values.isfinite(), BROKEN)
 
     def _answer(self, token_ids: Tensor, values: Tensor | None) -> Sampled | Deferred:
         if self._device.type != "cuda":

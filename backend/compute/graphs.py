@@ -1,7 +1,9 @@
-"""CUDA graphs of the model's forward for decode steps. It does not know sampling: its output is logits.
+"""CUDA graphs of whole decode steps: one copy in, one launch, tokens out. It does not know how tokens are drawn.
 
-A graph replays the same kernels on the same tensors, so a step's values are copied into them first; a step of fewer
-sequences than the graph was captured for is padded with rows that attend to nothing and write to the scratch block.
+A graph replays the same kernels on the same tensors, so a step's values are copied into them first, all in one piece; a
+step of fewer sequences than the graph was captured for is padded with rows that attend to nothing and write to the
+scratch block and the spare slot. The graph takes the most likely tokens; where a request asks for other ones, its
+logits are there for the sampler.
 """
 
 from __future__ import annotations
@@ -9,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from backend.compute.attention.base import kernel
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache
-from backend.compute.upload import staged
 from backend.generation.plan import Plan
 
-Forward = Callable[[Tensor, Tensor, Step, int], Tensor]
+Forward = Callable[[Tensor, Tensor, Tensor, Step], tuple[Tensor, Tensor]]
+"""Ids, positions, slots of the state, all int32 [S], and the step -> logits [S, vocabulary], tokens [S]."""
 
 
 def sizes(most: int) -> list[int]:
@@ -26,32 +31,72 @@ def sizes(most: int) -> list[int]:
     return [*(size for size in steps if size < most), most]
 
 
+class Inputs:
+    """The integers of a decode step of `size` sequences, with tables of `width` blocks, in one piece of memory."""
+
+    def __init__(self, cache: KVCache, size: int, width: int, spare_slot: int) -> None:
+        self._size, self._width, self._spare, self._scratch = size, width, spare_slot, cache.scratch_slot
+        self._packed = torch.zeros(size * (6 + width), dtype=torch.int32, device=cache.device)
+        kv_slots, rest, tables = _views(self._packed, size, width)
+        self.ids, self.positions, self.slots, lengths = rest.unbind()
+        starts = np.arange(size + 1, dtype=np.int32)
+        self.step = Step(
+            cache=cache,
+            kv_slots=kv_slots.view(torch.int64),
+            query_starts=torch.from_numpy(starts).to(cache.device),
+            kv_lengths=lengths,
+            block_tables=tables,
+            decode=True,
+            host_starts=starts,
+            host_lengths=np.zeros(size, np.int32),
+            kernel=kernel(cache.device.type),
+        )
+        host = self._packed.cpu()
+        self._lay_out(host.numpy(), None)
+        self._packed.copy_(host)
+
+    def fill(self, plan: Plan) -> None:
+        """Copy a decode plan of at most `size` sequences; nothing waits for it, here or on the device."""
+        host = torch.empty(self._packed.shape, dtype=torch.int32, pin_memory=self._packed.device.type == "cuda")
+        self._lay_out(host.numpy(), plan)
+        self._packed.copy_(host, non_blocking=True)
+
+    def _lay_out(self, packed: NDArray[np.int32], plan: Plan | None) -> None:
+        kv_slots, rest, tables = _views(packed, self._size, self._width)
+        count = 0 if plan is None else len(plan.slots)
+        kv_slots.view(np.int64)[count:] = self._scratch
+        rest[:, count:] = [[0], [0], [self._spare], [0]]
+        tables[count:, :1] = 0
+        if plan is not None:
+            kv_slots.view(np.int64)[:count] = plan.kv_slots
+            rest[:, :count] = plan.input_ids, plan.positions, plan.slots, plan.kv_lengths
+            tables[:count, : plan.block_tables.shape[1]] = plan.block_tables  # what lies beyond is not read
+
+
+def _views(packed: Any, size: int, width: int) -> tuple[Any, Any, Any]:
+    """KV slots (two words each), four rows of `size`, block tables."""
+    end = 6 * size
+    return packed[: 2 * size], packed[2 * size : end].reshape(4, size), packed[end:].reshape(size, width)
+
+
 class DecodeGraph:
-    """The forward of `size` sequences with block tables of `width` blocks, captured once.
+    """A decode step, captured once. Graphs may share the memory `pool`, since no two of them run at the same time."""
 
-    Graphs may share the memory `pool`, since no two of them run at the same time.
-    """
-
-    def __init__(self, forward: Forward, size: int, width: int, cache: KVCache, pool: Any) -> None:
-        device = cache.device
-        self._ids = torch.zeros(size, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(size, dtype=torch.int64, device=device)
-        self._step = Step.static(cache, size, width)
+    def __init__(self, forward: Forward, inputs: Inputs, pool: Any) -> None:
+        self._inputs = inputs
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels compile and libraries allocate before the capture
             for _ in range(2):
-                forward(self._ids, self._positions, self._step, 0)
+                forward(inputs.ids, inputs.positions, inputs.slots, inputs.step)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._logits = forward(self._ids, self._positions, self._step, 0)
+            self._logits, self._tokens = forward(inputs.ids, inputs.positions, inputs.slots, inputs.step)
 
-    def replay(self, plan: Plan, ids: Tensor) -> Tensor:
-        """Logits [R, vocabulary] of a decode plan of at most `size` sequences, valid until the next replay."""
+    def replay(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Logits [R, vocabulary] and the most likely tokens [R] of a decode plan, valid until the next replay."""
         count = len(plan.rows)
-        self._ids[:count].copy_(ids)
-        self._positions[:count].copy_(staged(plan.positions, self._positions.device), non_blocking=True)
-        self._step.fill(plan)
+        self._inputs.fill(plan)
         self._graph.replay()
-        return self._logits[:count]
+        return self._logits[:count], self._tokens[:count]

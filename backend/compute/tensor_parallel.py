@@ -136,6 +136,10 @@ def all_gather(shard: torch.Tensor, world: int) -> torch.Tensor:
     return whole
 
 
+Project = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Hidden states [..., hidden], weight [rows, hidden] and bias to [..., rows]."""
+
+
 class VocabParallelHead(nn.Module):
     """The output projection; each rank holds some rows of the vocabulary and gets the logits of all.
 
@@ -151,6 +155,7 @@ class VocabParallelHead(nn.Module):
         self.rows = slice(self.starts[rank], self.starts[rank] + self.size)
         self.weight = _parameter(self.size, hidden, dtype=dtype)  # [rows, hidden]
         self.bias = _parameter(self.size, dtype=dtype) if bias else None  # [rows]
+        self.project: Project = nn.functional.linear
 
     def tie(self, embedding: nn.Parameter) -> None:
         """Share the rows of the (whole) embedding. # [vocab, hidden]"""
@@ -158,7 +163,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the whole vocabulary, on every rank.  # [..., hidden] -> [..., vocab]"""
-        shard = nn.functional.linear(hidden, self.weight, self.bias)
+        shard = self.project(hidden, self.weight, self.bias)
         return shard if self.world == 1 else self._join(all_gather(shard, self.world))
 
     def _join(self, shards: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,11 @@ class Sampling:
         return not self.temperature.any()
 
     @property
+    def plain(self) -> bool:
+        """Whether the most likely token of every row is all that is asked for."""
+        return self.greedy and not self.logprobs and not len(self.blocked) and not self.penalised
+
+    @property
     def penalised(self) -> bool:
         """Whether any row needs the counts of its earlier tokens."""
         return bool((self.repetition_penalty != 1).any() or self.frequency_penalty.any() or self.presence_penalty.any())

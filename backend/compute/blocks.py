@@ -1,0 +1,314 @@
+"""Blocks: decoder layers of a known structure, computed by fused kernels in place of transformers' code.
+
+It knows no family. A layer qualifies by its parts and by every name that its code uses; it is then tried beside the
+original on the same input, and one that differs keeps transformers' code. So a wrong guess costs speed, never a result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.activations import ACT2FN
+
+from backend.compute.attention.base import Rule
+from backend.compute.attention.step import Step
+from backend.compute.cache import KVCache, LayerSpec
+from backend.compute.dense.base import Ops, ops
+from backend.compute.fused import MergedPart
+from backend.compute.norms import Norm, recognised
+from backend.generation.plan import Plan
+
+ACTIVATIONS = {type(ACT2FN[name]): name for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu")} | {nn.SiLU: "silu"}
+"""Those that `dense` computes."""
+
+LAYOUTS = (
+    ("input_layernorm", "", "post_attention_layernorm", ""),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+"""Names of the norms before and after attention, before and after the MLP."""
+
+ATTENTION_CODE = frozenset(
+    {
+        "ALL_ATTENTION_FUNCTIONS",
+        "_attn_implementation",
+        "apply_rotary_pos_emb",
+        "attention_dropout",
+        "attn_logit_softcapping",
+        "config",
+        "contiguous",
+        "eager_attention_forward",
+        "get_interface",
+        "getattr",
+        "head_dim",
+        "is_sliding",
+        "k_norm",
+        "k_proj",
+        "layer_idx",
+        "o_proj",
+        "q_norm",
+        "q_proj",
+        "reshape",
+        "scaling",
+        "shape",
+        "sliding_window",
+        "training",
+        "transpose",
+        "update",
+        "use_rope",
+        "v_proj",
+        "view",
+    }
+)
+MLP_CODE = frozenset({"act_fn", "gate_proj", "up_proj", "down_proj"})
+"""All that the code of a layer's halves may name: another name is a computation that is not known here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A layer taken apart."""
+
+    norms: tuple[Norm | None, ...]  # before and after attention, before and after the MLP
+    query_key_value: MergedPart
+    heads: int
+    head_norms: tuple[Tensor, Tensor] | None  # of queries and keys, [head dim]
+    eps: float  # of the head norms
+    attention_out: nn.Module
+    gate_up: MergedPart | None  # None: `mlp` is called as it is
+    activation: str
+    mlp_out: nn.Module | None
+    mlp: nn.Module
+
+
+class Block:
+    """Stands for a decoder layer's forward; its hidden states are changed in place."""
+
+    def __init__(self, layer: int, parts: Parts, rule: Rule, world: int, device: torch.device) -> None:
+        self._layer, self._parts, self._rule, self._world = layer, parts, rule, world
+        self._ops: Ops = ops(device.type)
+
+    def __call__(self, hidden_states: Tensor, *, position_embeddings: Any, step: Step, **_: Any) -> Tensor:
+        """# [1, tokens, hidden] -> the same"""
+        hidden = hidden_states[0]
+        before_attention, after_attention, before_mlp, after_mlp = self._parts.norms
+        attended = self._attend(hidden, before_attention, position_embeddings, step)
+        update = self._normed(
+            self._out(self._parts.attention_out, attended, hidden, not after_attention), after_attention
+        )
+        update = self._normed(self._mlp(hidden, update, before_mlp, not after_mlp), after_mlp)
+        if update is not None:
+            hidden += update
+        return hidden[None]
+
+    def _attend(self, hidden: Tensor, norm: Norm | None, rotation: tuple[Tensor, Tensor], step: Step) -> Tensor:
+        """# [tokens, hidden] -> [tokens, heads * head dim]"""
+        parts, merged = self._parts, self._parts.query_key_value.group
+        projected = self._project(hidden, None, norm, merged.weight, merged.bias)
+        cos, sin = (each[0] for each in rotation)
+        kv = step.cache.layers[self._layer]
+        query = self._ops.roped(projected, cos, sin, kv, step.kv_slots, parts.heads, parts.head_norms, parts.eps)
+        return step.read(self._layer, query, self._rule).flatten(1)
+
+    def _project(
+        self, hidden: Tensor, update: Tensor | None, norm: Norm | None, weight: Tensor, bias: Tensor | None,
+        activation: str | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The (gated) projection of the normed sum of hidden and update; hidden becomes that sum."""
+        assert norm is not None
+        few = len(hidden) <= self._ops.SMALL
+        if few and update is None:
+            return self._ops.linear(hidden, weight, bias, None, (norm.weight, norm.eps), activation)
+        normed = self._ops.normed(hidden, update, norm.weight, norm.eps)
+        if few:
+            return self._ops.linear(normed, weight, bias, None, None, activation)
+        projected = linear(normed, weight, bias)
+        return projected if activation is None else self._ops.gated(projected, activation)
+
+    def _out(self, projection: Any, values: Tensor, hidden: Tensor, plain: bool) -> Tensor | None:
+        """The projection of all ranks' values, to be added to hidden; None where that is already done."""
+        if len(values) > self._ops.SMALL:
+            found: Tensor = projection(values)
+            return found
+        if self._world == 1 and plain:
+            self._ops.linear(values, projection.weight, projection.bias, hidden, None, None)
+            return None
+        update = self._ops.linear(values, projection.weight, None, None, None, None)
+        if self._world > 1:
+            torch.distributed.all_reduce(update)
+        return update if projection.bias is None else update.add_(projection.bias)
+
+    def _mlp(self, hidden: Tensor, update: Tensor | None, norm: Norm | None, plain: bool) -> Tensor | None:
+        parts = self._parts
+        assert norm is not None
+        if parts.gate_up is None or parts.mlp_out is None:
+            found: Tensor = parts.mlp(self._ops.normed(hidden, update, norm.weight, norm.eps)[None])
+            return found[0]
+        merged = parts.gate_up.group
+        gated = self._project(hidden, update, norm, merged.weight, merged.bias, parts.activation)
+        return self._out(parts.mlp_out, gated, hidden, plain)
+
+    def _normed(self, update: Tensor | None, norm: Norm | None) -> Tensor | None:
+        if update is None or norm is None:
+            return update
+        return self._ops.normed(update, None, norm.weight, norm.eps)
+
+
+def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As torch's linear, by the kernel for few rows where they are few.  # [..., hidden] -> [..., rows]"""
+    dense, rows = ops(hidden.device.type), hidden.reshape(-1, hidden.shape[-1])
+    if len(rows) > dense.SMALL:
+        return linear(hidden, weight, bias)
+    return dense.linear(rows, weight, bias, None, None, None).view(*hidden.shape[:-1], -1)
+
+
+def parts_of(layer: nn.Module, spec: LayerSpec) -> Parts | str:
+    """The layer's parts, or why it cannot be taken apart."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
+        return "it has no self_attn and mlp"
+    names = {name for name, _ in layer.named_children()} - {"self_attn", "mlp"}
+    layout = next((each for each in LAYOUTS if {name for name in each if name} == names), None)
+    if layout is None or (strange := _names(layer) - names - {"self_attn", "mlp"}):
+        return f"it has {', '.join(sorted(names if layout is None else strange))}"
+    norms = [recognised(getattr(layer, name)) if name else None for name in layout]
+    if any(name and norm is None for name, norm in zip(layout, norms, strict=True)):
+        return "its norms are not RMS norms"
+    query = getattr(attention, "q_proj", None)
+    if not isinstance(query, MergedPart) or len(query.group.sizes) != 3:
+        return "its projections are not merged"
+    if strange := _names(attention) - ATTENTION_CODE:
+        return f"its attention uses {', '.join(sorted(strange))}"
+    head_norms = [recognised(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
+    known = [norm for norm in head_norms if norm]
+    if len(known) != sum(hasattr(attention, name) for name in ("q_norm", "k_norm")) or any(
+        len(norm.weight) != spec.head_dim for norm in known
+    ):
+        return "its norms of queries and keys are not one for each head"
+    gate_up, activation = _gated(mlp)
+    return Parts(
+        norms=tuple(norms),
+        query_key_value=query,
+        heads=query.group.sizes[0] // spec.head_dim,
+        head_norms=(known[0].weight, known[1].weight) if len(known) == 2 else None,
+        eps=known[0].eps if known else 0.0,
+        attention_out=attention.o_proj,
+        gate_up=gate_up,
+        activation=activation,
+        mlp_out=mlp.down_proj if gate_up else None,
+        mlp=mlp,
+    )
+
+
+def _gated(mlp: nn.Module) -> tuple[MergedPart | None, str]:
+    """The merged gate and up projection, and the activation's name, if that is all the MLP is made of."""
+    gate = getattr(mlp, "gate_proj", None)
+    activation = ACTIVATIONS.get(type(getattr(mlp, "act_fn", None)), "")
+    if isinstance(gate, MergedPart) and len(gate.group.sizes) == 2 and activation and _names(mlp) <= MLP_CODE:
+        return gate, activation
+    return None, ""
+
+
+def _names(module: nn.Module) -> set[str]:
+    """All names that the code of its forward uses."""
+    return set(inspect.unwrap(type(module).forward).__code__.co_names)
+
+
+def layers_of(model: nn.Module, count: int) -> nn.ModuleList | None:
+    """The stack of decoder layers."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return lists[0] if len(lists) == 1 else None
+
+
+@contextmanager
+def _watched(layers: list[Any]) -> Iterator[list[tuple[Tensor, dict[str, Any], Tensor]]]:
+    """What each layer was called with, and what it gave."""
+    seen: list[tuple[Tensor, dict[str, Any], Tensor]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        result = output[0] if isinstance(output, tuple) else output
+        seen.append((hidden.clone(), {k: v for k, v in kwargs.items() if k != "hidden_states"}, result.clone()))
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+TRIED = (24, 5)
+"""Tokens of the trial steps: more than the kernels for few tokens take, and fewer."""
+_CLOSE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
+"""Differences allowed, relative to what the layer adds to its input."""
+
+
+def install(model: Any, specs: list[LayerSpec], world: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Let every layer that qualifies be computed by a Block; what came of it, in words. All ranks call it together."""
+    layers = layers_of(model, len(specs))
+    if layers is None:
+        return "transformers' code computes all layers: they are not one list"
+    found = [parts_of(layer, spec) for layer, spec in zip(layers, specs, strict=True)]
+    blocks = {
+        index: Block(index, parts, spec.rule, world, device)
+        for index, (parts, spec) in enumerate(zip(found, specs, strict=True))
+        if isinstance(parts, Parts) and spec.rule
+    }
+    reasons = {parts for parts in found if isinstance(parts, str)}
+    agreeing = _tried(model, layers, blocks, KVCache(specs, 2, max(TRIED), dtype, device), world)
+    if len(agreeing) < len(blocks):
+        reasons.add("its result differs")
+    for index in agreeing:
+        layers[index].forward = blocks[index]
+    return _told(len(agreeing), len(layers), reasons)
+
+
+def _told(count: int, of: int, reasons: set[str]) -> str:
+    why = f"; transformers' code the others: {'; '.join(sorted(reasons))}" if reasons else ""
+    return f"fused kernels compute {count} of {of} layers{why}"
+
+
+@torch.inference_mode()
+def _tried(model: Any, layers: Any, blocks: dict[int, Block], cache: KVCache, world: int) -> list[int]:
+    """The blocks that give what their layers give."""
+    good = torch.zeros(len(layers), dtype=torch.int32, device=cache.device)
+    good[list(blocks)] = 1
+    for tokens in TRIED if blocks else ():
+        with _watched(list(layers)) as seen:
+            ids = (torch.arange(tokens, device=cache.device) * 7919 % model.config.get_text_config().vocab_size)[None]
+            positions = torch.arange(tokens, device=cache.device)[None]
+            model(input_ids=ids, position_ids=positions, use_cache=False, step=_trial_step(cache, tokens))
+        for index, block in blocks.items():
+            good[index] *= _agrees(block, *seen[index])
+    if world > 1:
+        torch.distributed.all_reduce(good, torch.distributed.ReduceOp.MIN)
+    return [index for index, agrees in enumerate(good.tolist()) if agrees]
+
+
+def _agrees(block: Block, hidden: Tensor, named: dict[str, Any], want: Tensor) -> bool:
+    """Whether the block adds to `hidden` what its layer added."""
+    result = block(hidden.clone(), **named)
+    error, added = (result - want).abs().max(), (want - hidden).abs().max()
+    allowed = _CLOSE[want.dtype] * added + 2 * torch.finfo(want.dtype).eps * want.abs().max()
+    return bool(error <= allowed)
+
+
+def _trial_step(cache: KVCache, tokens: int) -> Step:
+    """One sequence of `tokens` tokens in the first block."""
+    at = np.arange(tokens)
+    none: Any = None
+    return Step.from_plan(
+        Plan(
+            input_ids=none, positions=none, kv_slots=at.astype(np.int64),
+            query_starts=np.array([0, tokens], np.int32), kv_lengths=np.array([tokens], np.int32),
+            block_tables=np.zeros((1, 1), np.int32), slots=none, rows=none, sampling=none,
+        ),
+        cache.device, cache,
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""A decode step's inputs in one piece of memory, and a Decoder that takes its steps from there, uncaptured on CPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from backend.compute import decoder as decoders
+from backend.compute.cache import KVCache, LayerSpec
+from backend.compute.decoder import decode
+from backend.compute.graphs import Inputs, sizes
+from backend.generation.plan import LAST_TOKEN, Plan
+from backend.generation.sequence import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
+
+import families
+from decoding import local, play, sequence, settings
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with patch.dict(os.environ):
+        yield
+
+
+def test_sizes_end_with_the_most() -> None:
+    assert sizes(1) == [1] and sizes(6) == [1, 2, 4, 6] and sizes(64)[-2:] == [56, 64]
+    assert all(later <= 2 * earlier for earlier, later in zip(sizes(300)[2:], sizes(300)[3:], strict=False))
+
+
+def test_a_plan_is_laid_out_and_the_rest_is_padding() -> None:
+    cache = KVCache([LayerSpec(1, 8)], 6, 4, torch.float32, "cpu")
+    inputs = Inputs(cache, 4, 3, 9)
+    nothing = [24] * 4, [9] * 4, [0] * 4
+    assert (inputs.step.kv_slots.tolist(), inputs.slots.tolist(), inputs.step.kv_lengths.tolist()) == nothing
+    plan = replace(
+        decode(2),
+        input_ids=np.array([LAST_TOKEN, 5], np.int32),
+        positions=np.array([5, 1], np.int32),
+        kv_slots=np.array([13, 1], np.int64),
+        kv_lengths=np.array([6, 2], np.int32),
+        block_tables=np.array([[2, 3], [0, 0]], np.int32),
+        slots=np.array([1, 0], np.int32),
+    )
+    inputs.fill(plan)
+    assert inputs.ids.tolist() == [LAST_TOKEN, 5, 0, 0] and inputs.positions.tolist() == [5, 1, 0, 0]
+    assert inputs.step.kv_slots.tolist() == [13, 1, 24, 24] and inputs.slots.tolist() == [1, 0, 9, 9]
+    assert inputs.step.kv_lengths.tolist() == [6, 2, 0, 0]
+    assert inputs.step.block_tables[:2, :2].tolist() == [[2, 3], [0, 0]]
+    inputs.fill(decode(1))
+    assert inputs.step.kv_slots.tolist() == [0, 24, 24, 24] and inputs.step.kv_lengths.tolist() == [1, 0, 0, 0]
+
+
+class Uncaptured:
+    """Computes the step of its inputs anew each time, where a graph would replay it."""
+
+    replays = 0
+
+    def __init__(self, forward: Any, inputs: Inputs, pool: Any) -> None:
+        self._forward, self._inputs = forward, inputs
+
+    def replay(self, plan: Plan) -> Any:
+        Uncaptured.replays += 1
+        self._inputs.fill(plan)
+        lengths = self._inputs.step.kv_lengths.numpy().copy()
+        step = replace(self._inputs.step, host_lengths=lengths, kept={})
+        logits, tokens = self._forward(self._inputs.ids, self._inputs.positions, self._inputs.slots, step)
+        return logits[: len(plan.rows)], tokens[: len(plan.rows)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.write("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+def tokens(folder: Path, graphs: bool, depth: int) -> list[list[int]]:
+    """Of greedy and of drawn sequences that come and go."""
+    rank, config = local(), settings(folder)
+    rank.open(config, 60)
+    decoder: Any = rank.decoder
+    if graphs:
+        with patch.object(decoders, "DecodeGraph", Uncaptured):
+            decoder._graphs = {size: decoder._capture(size) for size in sizes(config.max_sequences)}
+    rng = random.Random(3)
+    made = [
+        sequence(
+            [rng.randrange(3, families.VOCAB) for _ in range(rng.randint(1, 30))],
+            SamplingParams(max_tokens=10, temperature=temperature, seed=index, repetition_penalty=penalty),
+        )
+        for index, (temperature, penalty) in enumerate([(0.0, 1.0)] * 5 + [(0.8, 1.0), (0.0, 1.3)] + [(0.0, 1.0)] * 4)
+    ]
+    play(decoder.step, made, config, 60, seed=depth, depth=depth)
+    return [list(seq.completion) for seq in made]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_the_same_tokens_from_whole_steps(folder: Path, depth: int) -> None:
+    before = Uncaptured.replays
+    assert tokens(folder, True, depth) == tokens(folder, False, depth)
+    assert Uncaptured.replays > before
+
+
+def test_rows_that_are_not_numbers_are_broken(folder: Path) -> None:
+    rank, config = local(), settings(folder)
+    rank.open(config, 20)
+    decoder: Any = rank.decoder
+    with patch.object(decoders, "DecodeGraph", Uncaptured):
+        decoder._graphs = {2: decoder._capture(2)}
+    decoder._model.lm_head.weight[7] = torch.nan
+    assert decoder.step(decode(2)).token_ids.tolist() == [-1, -1]
