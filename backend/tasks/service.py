@@ -1,7 +1,8 @@
 """Service: one task behind Triton's dynamic batcher. It does not know what the task computes, nor Triton.
 
-`serve` prepares a batch in the caller's thread while the ranks compute the one before; it waits where two are ahead, so
-that what comes next gathers in Triton's queue, where its limits and deadlines hold.
+`serve` prepares requests in the caller's thread while the ranks compute. Their pieces join those that wait already, and
+micro-batches are made of all of them. Where enough wait, `serve` does too, so that what comes next gathers in Triton's
+queue, where its limits and deadlines hold.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from queue import Empty, Full, Queue
 from typing import Any
 
 from backend.checkpoint import resolve, root
@@ -22,7 +22,8 @@ from backend.errors import EngineDown, ServingError, serving
 from backend.ranks.group import RankGroup, Report
 from backend.ranks.restarts import Restarts
 from backend.tasks import find
-from backend.tasks.job import Asked, Job, Request
+from backend.tasks.pool import Batch, Pool
+from backend.tasks.request import Asked, Request
 from backend.tasks.task import Array, Task
 
 IDLE_CHECK = 0.5
@@ -47,9 +48,8 @@ class Service:
         self.task: Task = find(name)(folder, self.config)
         self._report = report
         self._group = RankGroup(self.config, self.task.worker, report, name)
-        self._jobs: Queue[Job] = Queue(maxsize=1)
-        self._sent: deque[tuple[Job, list[int]]] = deque()
-        self._current: Job | None = None
+        self._pool = Pool(self.task.cut)
+        self._sent: deque[Batch] = deque()
         self._down = "is loading"
         self._closing = threading.Event()
         self._restarts = Restarts(self.config, self._closing, report)
@@ -77,7 +77,7 @@ class Service:
         """Answer each request, sooner or later, exactly once."""
         requests = [Request(each) for each in asked]
         try:
-            self._put(self._job(requests))
+            self._put(self._prepared(requests))
         except Exception as error:
             for request in requests:
                 request.settle(error)
@@ -96,36 +96,31 @@ class Service:
         """Why nothing is served now, or nothing."""
         return UNLOADED if self._closing.is_set() else self._down
 
-    def _put(self, job: Job) -> None:
-        """Hand a job to the service's thread once there is room; EngineDown where nobody would take it."""
-        if not job.pieces:
-            return self._finish(job)
-        while True:
+    def _put(self, requests: list[Request]) -> None:
+        """Hand them to the service's thread once there is room; EngineDown where nobody would take them."""
+        while requests:
             if reason := self._reason():
                 raise EngineDown(f"the model {reason}; try again later")
-            try:
-                self._jobs.put(job, timeout=IDLE_CHECK)
+            if self._pool.put(requests, IDLE_CHECK):
                 break
-            except Full:
-                continue
-        if self._ended:  # it may have looked for the last time before this job came
-            self._fail_waiting(EngineDown(f"the model {UNLOADED}"))
+        if self._ended:  # that thread may have looked for the last time before these came
+            _fail(self._pool.clear(), EngineDown(f"the model {UNLOADED}"))
 
     # ---- preparing, in the caller's thread
 
-    def _job(self, requests: list[Request]) -> Job:
+    def _prepared(self, requests: list[Request]) -> list[Request]:
+        """Those that have pieces to be computed; the others are answered."""
         parsed = [request for request in requests if self._parse(request)]
         prepared = iter(self._prepare([item for request in parsed for item in request.items]))
-        pieces: list[Any] = []
         for request in parsed:
             own = [next(prepared) for _ in request.items]
             if error := next((found for found in own if isinstance(found, Exception)), None):
                 request.settle(error)
                 continue
-            for found in own:
-                request.pieces.append(range(len(pieces), len(pieces) + len(found)))
-                pieces.extend(found)
-        return Job(self.task, [request for request in parsed if not request.settled], pieces)
+            request.take(own)
+            if not request.pieces:
+                request.finish(self.task)
+        return [request for request in parsed if not request.settled]
 
     def _parse(self, request: Request) -> bool:
         """Whether its rows could be read; one bad request fails alone."""
@@ -163,8 +158,10 @@ class Service:
                 except Exception as error:
                     self._recover(error)
         finally:
-            self._ended, self._down = True, self._down or UNLOADED
-            self._fail_all(EngineDown(f"the model {UNLOADED}"))
+            self._down, end = self._down or UNLOADED, EngineDown(f"the model {UNLOADED}")
+            self._fail_all(end)
+            self._ended = True
+            self._fail_all(end)  # what came meanwhile; what comes from now on fails in `_put`
             self._group.close()
 
     def _step(self) -> None:
@@ -172,28 +169,36 @@ class Service:
         self._feed()
         if not self._sent or not self._answering():
             return
+        self._feed(ahead=1)  # reading an answer takes a while too
         received = self._group.receive(self.config.step_timeout)
-        job, places = self._sent.popleft()
+        batch = self._sent.popleft()
         self._begun = time.monotonic()
-        self._feed(wait=False)
         try:
-            if job.fill(places, self.task.join(received)):
-                self._finish(job)
+            answers = self._joined(received, batch)
         except Exception as error:  # the task's own fault: the ranks have answered
-            job.fail(error)
+            return _fail(batch, error)
+        for waiting, answer in zip(batch, answers, strict=True):
+            if waiting.request.fill(waiting.place, answer):
+                waiting.request.finish(self.task)
 
-    def _feed(self, wait: bool = True) -> None:
-        while len(self._sent) < DEPTH and (job := self._next(wait)):
-            places = job.left.pop(0)
+    def _joined(self, received: list[Any], batch: Batch) -> list[Array]:
+        answers = self.task.join(received)
+        if len(answers) != len(batch):
+            raise ServingError(f"the ranks answered with {len(answers)} arrays for {len(batch)} pieces")
+        return answers
+
+    def _feed(self, ahead: int = 0) -> None:
+        """Send micro-batches until the ranks have DEPTH, and so many more."""
+        while len(self._sent) - ahead < DEPTH and (batch := self._next(len(self._sent) - ahead)):
             try:
-                batch = self.task.batch([job.pieces[place] for place in places])
+                message = self.task.batch([waiting.piece for waiting in batch])
             except Exception as error:
-                job.fail(error)
+                _fail(batch, error)
                 continue
             if not self._sent:
                 self._begun = time.monotonic()
-            self._sent.append((job, places))
-            self._group.send("forward", batch)
+            self._sent.append(batch)
+            self._group.send("forward", message)
 
     def _answering(self) -> bool:
         """Whether an answer has come; EngineDown where none has for too long."""
@@ -206,33 +211,13 @@ class Service:
     def _late(self) -> bool:
         return time.monotonic() - self._begun > self.config.step_timeout
 
-    def _next(self, wait: bool) -> Job | None:
-        """A job with a micro-batch to send; waits for one only where nothing is under way."""
-        if self._current and self._current.left:
-            return self._current
-        idle = wait and not self._sent
-        try:
-            self._current = self._jobs.get(timeout=IDLE_CHECK) if idle else self._jobs.get_nowait()
-        except Empty:
-            self._current = None
-            if idle:
-                self._group.check()
-        return self._current
-
-    def _finish(self, job: Job) -> None:
-        for request in job.requests:
-            try:
-                outcome: dict[str, Array] | Exception = self._outputs(job, request)
-            except Exception as error:
-                outcome = error
-            request.settle(outcome)
-
-    def _outputs(self, job: Job, request: Request) -> dict[str, Array]:
-        results = [
-            self.task.finish(item, [job.pieces[at] for at in places], [job.answers[at] for at in places])
-            for item, places in zip(request.items, request.pieces, strict=True)
-        ]
-        return self.task.outputs(results)
+    def _next(self, busy: int) -> Batch:
+        """A micro-batch; waits for one only where nothing is under way. Busy ranks get none that may yet grow."""
+        idle = not self._sent
+        batch = self._pool.take(IDLE_CHECK if idle else 0, full=busy > 0)
+        if idle and not batch:
+            self._group.check()
+        return batch
 
     # ---- start and restart
 
@@ -265,15 +250,13 @@ class Service:
             self._closing.wait(IDLE_CHECK)
 
     def _fail_all(self, error: ServingError) -> None:
-        for job in [*(job for job, _ in self._sent), *([self._current] if self._current else [])]:
-            job.fail(error)
-        self._sent.clear()
-        self._current = None
-        self._fail_waiting(error)
+        sent, self._sent = self._sent, deque()
+        for batch in sent:
+            _fail(batch, error)
+        _fail(self._pool.clear(), error)
 
-    def _fail_waiting(self, error: ServingError) -> None:
-        while True:
-            try:
-                self._jobs.get_nowait().fail(error)
-            except Empty:
-                return
+
+def _fail(batch: Batch, error: Exception) -> None:
+    """End the requests of these pieces; what the ranks still compute of them is not wanted."""
+    for waiting in batch:
+        waiting.request.settle(error)

@@ -139,6 +139,41 @@ def test_a_fault_of_the_task_fails_its_job_and_leaves_the_ranks_alone(service, h
     assert len(bad.got) == 1
 
 
+def sizes(service, monkeypatch):
+    """How many pieces each micro-batch has, from now on."""
+    found, batch = [], service.task.batch
+    monkeypatch.setattr(service.task, "batch", lambda pieces: found.append(len(pieces)) or batch(pieces))
+    return found
+
+
+def test_what_comes_while_the_ranks_compute_shares_micro_batches(service, monkeypatch):
+    found = sizes(service, monkeypatch)
+    service.serve([first := ask(1, how="slow")])
+    time.sleep(0.1)  # it is under way
+    asked = [ask(number) for number in range(6)]
+    for each in asked:
+        service.serve([each])
+    assert [each.doubled() for each in asked] == [[[2 * number]] for number in range(6)]
+    assert first.doubled() == [[2]]
+    assert found == [1, 3, 3]
+
+
+def test_a_request_is_answered_as_soon_as_its_own_pieces_are(service):
+    service.serve([small := ask(1), large := ask(*range(9), how="slow")])
+    small.one()
+    assert not large.got
+    assert len(large.doubled()[0]) == 9
+
+
+def test_a_fault_in_a_micro_batch_fails_those_in_it_and_no_others(service):
+    service.serve([first := ask(1, how="slow")])
+    time.sleep(0.1)
+    service.serve([good := ask(1, 2, 3), with_it := ask(4), bad := ask(5, how="batch"), beside := ask(6)])
+    assert good.doubled() == [[2, 4, 6]]
+    assert {str(each.one()) for each in (with_it, bad, beside)} == {"batch broke"}
+    assert first.doubled() == [[2]]
+
+
 def test_an_answer_that_cannot_be_sent_becomes_an_error(service):
     service.serve([bad := ask(1, unsendable=True), good := ask(2)])
     assert isinstance(bad.one(), TypeError)

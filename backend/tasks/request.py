@@ -1,0 +1,83 @@
+"""Request: what one caller asked, while it is served: its pieces and their answers so far. It knows no batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from backend.tasks.task import Array, Row, Task
+
+_log = logging.getLogger(__name__)
+
+
+class Asked(Protocol):
+    """One request; exactly one of the two ways of answering is used, once."""
+
+    def rows(self) -> list[Row]:
+        """Its inputs; InvalidInput where they cannot be read."""
+
+    def answer(self, outputs: dict[str, Array]) -> None: ...
+
+    def fail(self, error: Exception) -> None: ...
+
+
+@dataclass(eq=False)
+class Request:
+    """One request, from its rows to its answer."""
+
+    asked: Asked
+    items: list[Any] = field(default_factory=list)
+    pieces: list[Any] = field(default_factory=list)
+    """All items', end to end."""
+    spans: list[slice] = field(default_factory=list)
+    """Each item's part of the pieces."""
+    answers: list[Any] = field(default_factory=list)
+    """One a piece, as far as they have come."""
+    missing: int = 0
+    settled: bool = False
+
+    def take(self, prepared: Iterable[list[Any]]) -> None:
+        """Its pieces, by item."""
+        for own in prepared:
+            self.spans.append(slice(len(self.pieces), len(self.pieces) + len(own)))
+            self.pieces.extend(own)
+        self.missing = len(self.pieces)
+        self.answers = [None] * self.missing
+
+    def fill(self, place: int, answer: Array) -> bool:
+        """Take a piece's answer; whether it was the last one."""
+        self.answers[place] = answer
+        self.missing -= 1
+        return self.missing == 0
+
+    def finish(self, task: Task) -> None:
+        """Answer it from what has come; a fault of the task is its failure."""
+        try:
+            self.settle(self._outputs(task))
+        except Exception as error:
+            self.settle(error)
+
+    def settle(self, outcome: dict[str, Array] | Exception) -> None:
+        """Answer or fail it, once: whatever comes later is passed over. It does not raise."""
+        if self.settled:
+            return
+        self.settled = True
+        try:
+            if isinstance(outcome, Exception):
+                self.asked.fail(outcome)
+            else:
+                self._answer(outcome)
+        except Exception:  # nobody is left to tell
+            _log.exception("a response could not be sent")
+
+    def _outputs(self, task: Task) -> dict[str, Array]:
+        pairs = zip(self.items, self.spans, strict=True)
+        return task.outputs([task.finish(item, self.pieces[own], self.answers[own]) for item, own in pairs])
+
+    def _answer(self, outputs: dict[str, Array]) -> None:
+        try:
+            self.asked.answer(outputs)
+        except Exception as error:  # tensors that Triton does not take
+            self.asked.fail(error)
