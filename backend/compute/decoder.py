@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.checkpoint import Checkpoint, dtype_name, resolve
-from backend.compute import blocks, norms
+from backend.compute import blocks, norms, rope_table
 from backend.compute.attention.families import length_limit
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, bytes_per_block, probe
@@ -44,7 +44,8 @@ class Decoder:
             torch.cuda.empty_cache()  # what merging projections let go of
         self._specs = probe(self._model, self._device)
         self._ops = ops(self._device.type)
-        if self._device.type == "cuda" and birth.config.fused_kernels:
+        self._fused = self._device.type == "cuda" and birth.config.fused_kernels
+        if self._fused:
             self._fuse()
         self._sampler = Sampler(self._checkpoint.vocab_size, self._config.max_sequences, self._device)
         slots = self._config.max_sequences + 1  # one for padding
@@ -85,6 +86,8 @@ class Decoder:
         """Make the KV cache, for sequences up to `max_model_len` tokens."""
         self._max_model_len = max_model_len
         self._cache = KVCache(self._specs, num_blocks, self._config.block_size, self._dtype, self._device)
+        if self._fused:
+            rope_table.install(self._model, max_model_len, self._dtype, self._device)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
