@@ -192,16 +192,17 @@ def parts_of(layer: nn.Module, spec: LayerSpec) -> Parts | str:
     ):
         return "its norms of queries and keys are not one for each head"
     gate_up, activation = _gated(mlp)
+    halves: Any = attention, mlp
     return Parts(
         norms=tuple(norms),
         query_key_value=query,
         heads=query.group.sizes[0] // spec.head_dim,
         head_norms=(known[0].weight, known[1].weight) if len(known) == 2 else None,
         eps=known[0].eps if known else 0.0,
-        attention_out=attention.o_proj,
+        attention_out=halves[0].o_proj,
         gate_up=gate_up,
         activation=activation,
-        mlp_out=mlp.down_proj if gate_up else None,
+        mlp_out=halves[1].down_proj if gate_up else None,
         mlp=mlp,
     )
 

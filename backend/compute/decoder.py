@@ -128,11 +128,12 @@ class Decoder:
         ids, slots = self._put(plan.input_ids), self._put(np.repeat(plan.slots, np.diff(plan.query_starts)))
         ends = self._put(plan.query_starts[1:][plan.rows] - 1 if count else np.zeros(1, np.int64)).long()
         step = Step.from_plan(plan, self._device, self._cache)
-        return self._forward(self._known(ids, slots), self._put(plan.positions).long(), step, ends)[:count]
+        known = self._known(ids.long(), slots.long())
+        return self._forward(known, self._put(plan.positions).long(), step, ends)[:count]
 
     def _known(self, ids: Tensor, slots: Tensor) -> Tensor:
         """int64 [T] with the tokens that only the ranks know."""
-        return torch.where(ids == LAST_TOKEN, self._last[slots.long()], ids.long())
+        return torch.where(ids == LAST_TOKEN, self._last[slots], ids)
 
     def _forward(self, ids: Tensor, positions: Tensor, step: Step, keep: Tensor | int) -> Tensor:
         output = self._model(
@@ -147,10 +148,10 @@ class Decoder:
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Logits [S, vocabulary] and the most likely tokens [S] of one token a sequence, noted for the next step."""
-        logits = self._forward(self._known(ids, slots), positions.long(), step, 0)
+        logits = self._forward(self._known(ids, slots), positions, step, 0)
         values, tokens = self._ops.best(logits)
-        self._last[slots.long()] = tokens  # of a broken row too: the next step is already on its way
-        return logits, tokens.masked_fill(~values.isfinite(), BROKEN)
+        self._last[slots] = tokens  # of a broken row too: the next step is already on its way
+        return logits, torch.where(values - values == 0, tokens.int(), BROKEN)  # what is not finite minus itself is NaN
 
     def _answer(self, token_ids: Tensor, values: Tensor | None) -> Sampled | Deferred:
         if self._device.type != "cuda":

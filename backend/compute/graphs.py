@@ -22,7 +22,7 @@ from backend.compute.cache import KVCache
 from backend.generation.plan import Plan
 
 Forward = Callable[[Tensor, Tensor, Tensor, Step], tuple[Tensor, Tensor]]
-"""Ids, positions, slots of the state, all int32 [S], and the step -> logits [S, vocabulary], tokens [S]."""
+"""Ids, positions, slots of the state, all int64 [S], and the step -> logits [S, vocabulary], int32 tokens [S]."""
 
 
 def sizes(most: int) -> list[int]:
@@ -35,14 +35,16 @@ class Inputs:
     """The integers of a decode step of `size` sequences, with tables of `width` blocks, in one piece of memory."""
 
     def __init__(self, cache: KVCache, size: int, width: int, spare_slot: int) -> None:
-        self._size, self._width, self._spare, self._scratch = size, width, spare_slot, cache.scratch_slot
-        self._packed = torch.zeros(size * (6 + width), dtype=torch.int32, device=cache.device)
-        kv_slots, rest, tables = _views(self._packed, size, width)
-        self.ids, self.positions, self.slots, lengths = rest.unbind()
+        self._size, self._width, self._padding = size, width, [[cache.scratch_slot], [0], [0], [spare_slot]]
+        packed = np.zeros(size * (9 + width), np.int32)
+        self._lay_out(packed, None)
+        self._packed = torch.from_numpy(packed).to(cache.device)
+        longs, lengths, tables = _views(self._packed, size, width)
+        kv_slots, self.ids, self.positions, self.slots = longs.view(torch.int64).view(4, size).unbind()
         starts = np.arange(size + 1, dtype=np.int32)
         self.step = Step(
             cache=cache,
-            kv_slots=kv_slots.view(torch.int64),
+            kv_slots=kv_slots,
             query_starts=torch.from_numpy(starts).to(cache.device),
             kv_lengths=lengths,
             block_tables=tables,
@@ -51,9 +53,6 @@ class Inputs:
             host_lengths=np.zeros(size, np.int32),
             kernel=kernel(cache.device.type),
         )
-        host = self._packed.cpu()
-        self._lay_out(host.numpy(), None)
-        self._packed.copy_(host)
 
     def fill(self, plan: Plan) -> None:
         """Copy a decode plan of at most `size` sequences; nothing waits for it, here or on the device."""
@@ -62,21 +61,19 @@ class Inputs:
         self._packed.copy_(host, non_blocking=True)
 
     def _lay_out(self, packed: NDArray[np.int32], plan: Plan | None) -> None:
-        kv_slots, rest, tables = _views(packed, self._size, self._width)
+        longs, lengths, tables = _views(packed, self._size, self._width)
+        rows = longs.view(np.int64).reshape(4, self._size)
         count = 0 if plan is None else len(plan.slots)
-        kv_slots.view(np.int64)[count:] = self._scratch
-        rest[:, count:] = [[0], [0], [self._spare], [0]]
-        tables[count:, :1] = 0
+        rows[:, count:], lengths[count:], tables[count:, :1] = self._padding, 0, 0
         if plan is not None:
-            kv_slots.view(np.int64)[:count] = plan.kv_slots
-            rest[:, :count] = plan.input_ids, plan.positions, plan.slots, plan.kv_lengths
+            rows[:, :count] = plan.kv_slots, plan.input_ids, plan.positions, plan.slots
+            lengths[:count] = plan.kv_lengths
             tables[:count, : plan.block_tables.shape[1]] = plan.block_tables  # what lies beyond is not read
 
 
 def _views(packed: Any, size: int, width: int) -> tuple[Any, Any, Any]:
-    """KV slots (two words each), four rows of `size`, block tables."""
-    end = 6 * size
-    return packed[: 2 * size], packed[2 * size : end].reshape(4, size), packed[end:].reshape(size, width)
+    """Four rows of 64-bit words (KV slots, ids, positions, slots), lengths, block tables."""
+    return packed[: 8 * size], packed[8 * size : 9 * size], packed[9 * size :].reshape(size, width)
 
 
 class DecodeGraph:

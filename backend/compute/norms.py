@@ -54,7 +54,7 @@ def replace(model: nn.Module) -> int:
     found = 0
     for module in model.modules():
         if not list(module.children()) and (norm := recognised(module)):
-            module.forward = _Normed(norm)  # type: ignore[method-assign, assignment]  # as its caller calls it
+            module.forward = _Normed(norm)  # as its caller calls it
             found += 1
     return found
 

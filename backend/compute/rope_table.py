@@ -38,6 +38,6 @@ def install(model: nn.Module, longest: int, dtype: torch.dtype, device: torch.de
     for module in model.modules():
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         if hasattr(module, "rope_type") and names in (["x", "position_ids"], ["x", "position_ids", "layer_type"]):
-            module.forward = RopeTable(module, longest, dtype, device)  # type: ignore[assignment]
+            module.forward = RopeTable(module, longest, dtype, device)
             found += 1
     return found
