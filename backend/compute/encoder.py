@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from backend.checkpoint import Checkpoint, resolve
 from backend.compute.decoder import dtype_of
+from backend.compute.encoder_graphs import Capture, agree
+from backend.compute.encoder_inputs import Inputs
 from backend.compute.load_encoder import load_encoder
-from backend.compute.packing import Packing, packable
+from backend.compute.packed_attention import packable
+from backend.compute.packing import Packing
 from backend.compute.tensor_parallel import join
-from backend.compute.upload import download, upload
+from backend.compute.upload import download
 from backend.encoders import longest
 from backend.ranks.rank import Birth, Deferred
 from backend.tasks import find
@@ -26,6 +30,8 @@ Arrays = list[NDArray[Any]]
 
 TOLERANCE = 0.05
 """Packed against padded in half precision, relative to the largest value; a wrong mask shows as far more."""
+CALLS = 2
+"""Of one size until its graph is there."""
 
 
 class Encoder:
@@ -45,30 +51,48 @@ class Encoder:
         self._packing: Packing | None = None
         if self._device.type == "cuda" and packable(type(self._model), self._model.config, dtype):
             self._pack()
+            self._graph(birth.world)
 
     def _pack(self) -> None:
         """Compute without padding, once a trial has shown that the result stays."""
         trial = self._trial()
-        before, usual = self._hidden(trial), self._model.config._attn_implementation
-        self._packing = Packing(self._model)
-        try:
-            difference = float((self._hidden(trial) - before).abs().max() / before.abs().max().clamp(min=1e-6))
-            reason = "" if difference < TOLERANCE else f"its result differs by {difference:.3g}"
-        except (RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-        if reason:
+        before, self._packing = self._hidden(trial), Packing(self._model)
+        if reason := self._differs(lambda: self._hidden(trial), before):
             self._packing.remove()
             self._packing = None
-            self._model.set_attn_implementation(usual)
         self._progress(
             f"texts are padded, since packing them fails: {reason}" if reason else "texts are packed without padding"
         )
 
-    def _trial(self) -> Texts:
-        """Texts of several lengths."""
-        lengths = [length for length in (37, 3, 128, 1, 64) if length <= self._most]
+    def _graph(self, world: int) -> None:
+        """Replay the layers as CUDA graphs, once a trial has shown that a graph takes in what is new in a batch."""
+        if not self._packing or not self._config.cuda_graphs:
+            return
+        first, second = self._trial(), self._trial(turned=True)
+        before = self._hidden(second)
+        graphs = self._packing.graph(self._config.step_tokens, Capture(), partial(agree, world, self._device))
+        reason = self._differs(lambda: [self._hidden(each) for each in (first, first, second)][-1], before)
+        reason = reason or graphs.failed or ("" if graphs.count else "nothing was captured")
+        if not agree(world, self._device, not reason):
+            self._packing.graphs = None
+            reason = reason or "another rank's do"
+        self._progress(
+            f"layers run without CUDA graphs, since those fail: {reason}" if reason else "layers run as CUDA graphs"
+        )
+
+    def _differs(self, compute: Callable[[], Tensor], before: Tensor) -> str:
+        """Why the result is not what it was before, if so."""
+        try:
+            difference = float((compute() - before).abs().max() / before.abs().max().clamp(min=1e-6))
+        except (RuntimeError, TypeError) as error:
+            return " ".join(str(error).split())[:200]
+        return "" if difference < TOLERANCE else f"the result differs by {difference:.3g}"
+
+    def _trial(self, turned: bool = False) -> Texts:
+        """Texts of several lengths; turned, others of the same size."""
+        lengths = [length for length in (37, 3, 128, 1, 64) if length <= self._most][:: -1 if turned else 1]
         high = int(self._checkpoint.vocab_size or 1000)
-        ids = (np.arange(sum(lengths)) * 7919 % max(2, high - 1) + 1).astype(np.int32)
+        ids = (np.arange(sum(lengths)) * (104729 if turned else 7919) % max(2, high - 1) + 1).astype(np.int32)
         return Texts(ids, np.zeros_like(ids), np.array(lengths, np.int64), [self._task.warm] * len(lengths))
 
     @torch.inference_mode()
@@ -85,12 +109,18 @@ class Encoder:
         return int(tables[0].weight.shape[0]) if tables else 0
 
     def warm_up(self) -> None:
-        """The largest micro-batches: one of longest texts, one of many short ones."""
+        """The largest micro-batches, from longest texts to short ones, and one short text; graphs of them are kept."""
         most = self._most
-        for length in {most, min(16, most)}:
-            ids = np.full(length, 1, np.int32)
-            piece = Piece(ids, np.zeros(length, np.int32), self._task.warm)
-            answer = self.forward(Texts.of([piece] * max(1, self._config.step_tokens // length)))
+        self._warm(most, max(1, self._config.step_tokens // most))
+        for length in (length for length in (256, 128, 64, 16) if length < most):
+            self._warm(length, max(1, self._config.step_tokens // length))
+        self._warm(min(16, most), 1)
+
+    def _warm(self, length: int, count: int) -> None:
+        ids = np.full(length, 1, np.int32)
+        piece = Piece(ids, np.zeros(length, np.int32), self._task.warm)
+        for _ in range(CALLS if self._packing and self._packing.graphs else 1):
+            answer = self.forward(Texts.of([piece] * count))
             if callable(answer):
                 answer()
 
@@ -102,18 +132,12 @@ class Encoder:
 
     def _compute(self, batch: Texts) -> tuple[Any, Tensor]:
         """The model's own output, and which tokens are there [n, longest]."""
-        mask = _mask(batch.lengths)  # [n, longest]
-        inputs = {"input_ids": _padded(batch.input_ids, mask, self._padding())}
-        if self._types:  # roberta knows one kind, whatever its tokenizer says of pairs
-            inputs["token_type_ids"] = _padded(np.minimum(batch.type_ids, self._types - 1), mask, 0)
-        here = {name: upload(values, self._device) for name, values in inputs.items()}
-        attention = upload(mask.astype(np.int64), self._device)
+        graphs = bool(self._packing and self._packing.graphs)
+        inputs = Inputs.of(batch, self._padding(), self._types, self._device, graphs)
         if self._packing:
-            starts = np.concatenate([[0], np.cumsum(batch.lengths)]).astype(np.int32)
-            places = upload(np.flatnonzero(mask), self._device)
-            rows, width = mask.shape
-            self._packing.enter((rows, width), places, upload(starts, self._device))
-        return self._model(**here, attention_mask=attention), attention
+            self._packing.enter(inputs.layout)
+        more = {"token_type_ids": inputs.types} if self._types else {}
+        return self._model(input_ids=inputs.ids, attention_mask=inputs.mask, **more), inputs.mask
 
     def _padding(self) -> int:
         return int(getattr(self._model.config, "pad_token_id", None) or 0)
@@ -124,13 +148,3 @@ class Encoder:
             return list(values.numpy())
         arrived = download(values)
         return lambda: list(arrived()[0].numpy())
-
-
-def _mask(lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return np.arange(lengths.max()) < lengths[:, None]
-
-
-def _padded(flat: NDArray[np.int32], mask: NDArray[np.bool_], fill: int) -> NDArray[np.int64]:
-    padded = np.full(mask.shape, fill, np.int64)
-    padded[mask] = flat
-    return padded

@@ -5,7 +5,9 @@ import pytest
 import torch
 import transformers
 
-from backend.compute.packing import Packing, Spread, packable, packed
+from backend.compute.encoder_graphs import Bucket
+from backend.compute.packed_attention import Spread, packable, packed
+from backend.compute.packing import Layout, Packing
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 SMALL |= {"vocab_size": 100, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -35,6 +37,7 @@ def model_and_ids(family, auto):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
     model = getattr(transformers, auto).from_config(config).eval()
+    model.config.use_cache = False
     ids = torch.randint(5, 90, SHAPE).masked_fill(~MASK, config.pad_token_id)
     return model, ids
 
@@ -45,8 +48,10 @@ def values(model, ids):
     return output * MASK[..., None] if output.shape[:2] == SHAPE else output
 
 
-def enter(packing):
-    packing.enter(SHAPE, MASK.flatten().nonzero()[:, 0], torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0)).int())
+def enter(packing, bucket=None):
+    exact = torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0)).int()
+    starts = torch.from_numpy(bucket.starts(LENGTHS.numpy())) if bucket else exact
+    packing.enter(Layout(*SHAPE, MASK.flatten().nonzero()[:, 0], starts, bucket))
 
 
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForTokenClassification"])
@@ -69,17 +74,54 @@ def test_layers_see_no_padding():
     model, ids = model_and_ids("bert", "AutoModel")
     seen = []
     enter(Packing(model))
-    model.encoder.layer[1].register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape))
+    model.encoder.layer[1].attention.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape))
     values(model, ids)
     assert seen == [(1, 30, 32)]
 
 
 def test_removed_it_leaves_no_trace():
     model, ids = model_and_ids("bert", "AutoModel")
-    expected, usual = values(model, ids), model.config._attn_implementation
+    expected = values(model, ids)
     Packing(model).remove()
-    model.set_attn_implementation(usual)
     assert torch.equal(values(model, ids), expected)
+
+
+def test_a_model_that_computes_between_its_layers_is_refused():
+    model, ids = model_and_ids("bert", "AutoModel")
+    enter(Packing(model))
+    model.encoder.layer[1].register_forward_pre_hook(lambda layer, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(RuntimeError, match="between its layers"):
+        values(model, ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_filled_up_and_repeated_is_padded(family):
+    """The same tensors computed again, as a graph does: what a batch brings must have been copied into them."""
+    model, ids = model_and_ids(family, "AutoModel")
+    other = torch.where(MASK, 90 - ids.clamp(5, 85), ids)
+    expected = [values(model, ids), values(model, other)]
+    packing, captured = Packing(model), []
+    graphs = packing.graph(128, lambda compute: captured.append(compute) or compute, bool)
+    enter(packing, Bucket(128, 128, 8))
+    for given, wanted in zip([ids, ids, other, ids], [expected[at] for at in (0, 0, 1, 0)], strict=True):
+        assert (values(model, given) - wanted).abs().max() < 1e-5
+    assert graphs.count == len(captured) == 1
+
+
+def test_layers_called_otherwise_than_captured_run_as_they_are():
+    model, ids = model_and_ids("bert", "AutoModel")
+    packing, captured = Packing(model), []
+    packing.graph(128, lambda compute: captured.append(compute) or compute, bool)
+    enter(packing, Bucket(128, 128, 8))
+    expected = values(model, ids)
+    values(model, ids)
+    captured.clear()
+    seen = []
+    model.encoder.layer[0].attention.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
+    with torch.inference_mode():
+        found = model(input_ids=ids, attention_mask=MASK.long(), sliding_window=99)[0] * MASK[..., None]
+    assert seen == [30] and not captured
+    assert (found - expected).abs().max() < 1e-5
 
 
 def test_what_it_does_not_know_is_refused():

@@ -1,0 +1,214 @@
+"""CUDA graphs of a stack of layers over packed tokens: one launch in place of some hundred. It knows no model.
+
+A graph holds for one bucket: micro-batches are filled up to it with tokens of sequences that nobody asks for. Weights
+aside, all that a graph reads lies in tensors that all graphs share, since no two of them run at the same time.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from backend.compute.packed_attention import Spread
+
+MOST = 96
+"""Graphs that are kept."""
+SEEN = 512
+"""Buckets met once that are remembered."""
+MEMORY = 4 << 30
+"""Bytes of device memory after which no more are captured."""
+
+_STEPS = 8
+_TOKENS, _LONGEST, _SEQUENCES = 128, 128, 8
+"""The least of each; attention works in blocks of 128 tokens, so a smaller bound on the length gains nothing."""
+
+Stack = Callable[[list[Any], list[Tensor], Spread], Tensor]
+"""Calls, values [1, tokens, ...] and where sequences lie -> hidden [1, tokens, hidden]."""
+Fill = Callable[[list[Tensor]], None]
+Replay = Callable[[], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What a graph is made for."""
+
+    tokens: int
+    longest: int
+    sequences: int
+
+    @classmethod
+    def of(cls, lengths: NDArray[np.int64]) -> Bucket:
+        """The smallest that these sequences fit in, together with those that fill it up.
+
+        Those are an eighth of the tokens at most, from 1,024 tokens on.
+        """
+        count, longest = int(lengths.sum()), _doubled(int(lengths.max()), _LONGEST)
+        tokens = _stepped(count)
+        fillers = -(-(tokens - count) // longest)
+        return cls(tokens, longest, _doubled(len(lengths) + fillers, _SEQUENCES))
+
+    def starts(self, lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Where each sequence begins, then those that fill up, none too long, and empty ones.  # [sequences + 1]"""
+        starts = np.full(self.sequences + 1, self.tokens, np.int32)
+        ends = np.cumsum(lengths)
+        fillers = np.arange(ends[-1] + self.longest, self.tokens, self.longest)
+        starts[0], starts[1 : len(ends) + 1] = 0, ends
+        starts[len(ends) + 1 : len(ends) + 1 + len(fillers)] = fillers
+        return starts
+
+
+def _doubled(value: int, least: int) -> int:
+    """The first of `least` and the powers of two above it that is no less."""
+    return max(least, 1 << (value - 1).bit_length())
+
+
+def _stepped(value: int) -> int:
+    """The next of eight even steps between two powers of two."""
+    step = max(_TOKENS, (1 << (value - 1).bit_length()) // 2 // _STEPS)
+    return -(-value // step) * step
+
+
+class StackGraphs:
+    """Graphs of one stack. The first micro-batch of a bucket is left to the caller, the second one captured.
+
+    `capture` makes a function that repeats what its argument launches; `agree` says whether all ranks succeeded.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        most: int,
+        capture: Callable[[Callable[[], None]], Replay],
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        """For micro-batches of `most` tokens, filled up, at most."""
+        self._stack, self._most, self._capture, self._agree = stack, _stepped(most), capture, agree
+        self._graphs: OrderedDict[Bucket, Replay] = OrderedDict()
+        self._seen: OrderedDict[Bucket, None] = OrderedDict()
+        self._calls: list[Any] = []
+        self._values: list[Tensor] = []  # [1, most, ...] each
+        self.failed = ""
+        """Why nothing more is captured, if so."""
+
+    @property
+    def count(self) -> int:
+        return len(self._graphs)
+
+    def run(self, bucket: Bucket, calls: list[Any], like: list[Tensor], starts: Tensor, fill: Fill) -> Tensor | None:
+        """The stack's answer, valid until the next run; nothing where the caller is to compute it.
+
+        `like` are tensors [.., .., ...] whose last dimensions and dtypes are the values'; `fill` writes the values.
+        # starts [sequences + 1] -> [1, bucket's tokens, hidden]
+        """
+        replay = self._graphs.get(bucket)
+        if not self._fits(bucket, calls) or (replay is None and not self._again(bucket)):
+            return None
+        self._allocate(like, starts.device)
+        values = [value[:, : bucket.tokens] for value in self._values]
+        fill(values)
+        self._starts[: bucket.sequences + 1].copy_(starts)
+        if replay is None:
+            self._add(bucket, values)
+        else:
+            self._graphs.move_to_end(bucket)
+            replay()
+        return values[0]
+
+    def _fits(self, bucket: Bucket, calls: list[Any]) -> bool:
+        """Whether a graph would compute these calls; one holds what they hold beside values."""
+        self._calls = self._calls or calls
+        return bucket.tokens <= self._most and calls == self._calls
+
+    def _again(self, bucket: Bucket) -> bool:
+        """Whether it is time to capture this bucket."""
+        if bucket in self._seen:
+            return not self.failed
+        self._seen[bucket] = None
+        if len(self._seen) > SEEN:
+            self._seen.popitem(last=False)
+        return False
+
+    def _allocate(self, like: list[Tensor], device: torch.device) -> None:
+        """What graphs read, once for all of them."""
+        if not self._values:
+            self._values = [each.new_zeros(1, self._most, *each.shape[2:]) for each in like]
+            self._starts = torch.zeros(2 * self._most + 1, dtype=torch.int32, device=device)
+
+    def _add(self, bucket: Bucket, values: list[Tensor]) -> None:
+        """Compute, so that all kernels are there, and capture the same."""
+        spread = Spread(self._starts[: bucket.sequences + 1], bucket.longest)
+
+        def compute() -> None:
+            values[0].copy_(self._stack(self._calls, values, spread))
+
+        compute()
+        replay, reason = self._captured(compute)
+        if not self._agree(replay is not None) or replay is None:
+            self.failed = reason or "another rank could not"
+            log.warning("no more CUDA graphs of layers are captured: %s", self.failed)
+            return
+        self._graphs[bucket] = replay
+        if len(self._graphs) > MOST:
+            self._graphs.popitem(last=False)
+
+    def _captured(self, compute: Callable[[], None]) -> tuple[Replay | None, str]:
+        """The graph, or why there is none."""
+        try:
+            return self._capture(compute), ""
+        except RuntimeError as error:
+            return None, " ".join(str(error).split())[:200]
+
+
+class Capture:
+    """Captures on CUDA, all graphs in one pool of memory. While it does, other threads may wait for the device."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream, self._bytes = torch.cuda.graph_pool_handle(), torch.cuda.Stream(), 0
+
+    def __call__(self, compute: Callable[[], None]) -> Replay:
+        """The graph's replay; RuntimeError where the memory for graphs is used up."""
+        if self._bytes > MEMORY:
+            raise RuntimeError(f"those there take {self._bytes >> 20} MiB")
+        before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with _no_collection(), torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:  # not torch.cuda.graph, which empties the caches of memory each time
+                compute()
+            finally:
+                graph.capture_end()
+        self._bytes += torch.cuda.memory_reserved() - before
+        return graph.replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Freeing what others left could be an operation that a capture forbids."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def agree(world: int, device: torch.device, could: bool) -> bool:
+    """Whether all ranks could; graphs that talk to each other must be replayed by all or by none."""
+    if world == 1:
+        return could
+    every = torch.tensor(int(could), device=device)
+    torch.distributed.all_reduce(every, op=torch.distributed.ReduceOp.MIN)
+    return bool(every.item())
