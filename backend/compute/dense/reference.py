@@ -5,6 +5,7 @@ Matrix products are torch's own in the dtype of their input, so a 16-bit linear 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,7 +15,12 @@ from torch.nn import functional as F
 from backend.compute.dense.base import Norm, known
 
 SMALL = 16
-GATES = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def normed(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:

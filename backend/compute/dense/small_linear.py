@@ -5,7 +5,7 @@ is shape.py's business.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-# ruff: noqa: N803, C901
+# ruff: noqa: N803, N806
 from __future__ import annotations
 
 from functools import partial
@@ -108,17 +108,20 @@ def _vector_kernel(
     gate_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([COLUMNS], tl.float32)
     for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
-        part = _values(x + start + columns, columns < WIDTH - start, WIDTH % COLUMNS == 0).to(tl.float32)
+        inside = columns < WIDTH - start
+        w = _weights(weights + start, inside[None, :], WIDTH % COLUMNS == 0).to(tl.float32)
+        if ACTIVATION != "":
+            gated_w = _weights(gated_weights + start, inside[None, :], WIDTH % COLUMNS == 0).to(tl.float32)
+        # After the weights: it changes threads by way of shared memory, and no load passes a barrier.
+        part = _values(x + start + columns, inside, WIDTH % COLUMNS == 0).to(tl.float32)
         if gain is not None:
             squares += part * part
-            part *= _values(gain + start + columns, columns < WIDTH - start, WIDTH % COLUMNS == 0).to(tl.float32)
-        w = _weights(weights + start, (columns < WIDTH - start)[None, :], WIDTH % COLUMNS == 0)
+            part *= _values(gain + start + columns, inside, WIDTH % COLUMNS == 0).to(tl.float32)
         if ACTIVATION == "":
-            sums += w.to(tl.float32) * part[None, :]
+            sums += w * part[None, :]
         else:
-            gate_sums += w.to(tl.float32) * part[None, :]
-            w = _weights(gated_weights + start, (columns < WIDTH - start)[None, :], WIDTH % COLUMNS == 0)
-            sums += w.to(tl.float32) * part[None, :]
+            gate_sums += w * part[None, :]
+            sums += gated_w * part[None, :]
     scale = 1.0
     if gain is not None:
         scale = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
