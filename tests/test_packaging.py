@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SCRIPTS = sorted((ROOT / "scripts").iterdir())
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
 SHELL = [*(path for path in SCRIPTS if path.read_text().startswith("#!/usr/bin/env bash")), ROOT / ".ci" / "run"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
