@@ -6,11 +6,9 @@ lie anywhere. Where the kernels offer `read`, it is timed without the write of t
 
 from __future__ import annotations
 
-import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -101,17 +99,9 @@ def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def _call(step: Step, heads: Heads) -> tuple[str, Callable[[int], Tensor]]:
-    like = step.cache.layers[0]
-    query = like.new_empty(heads.query, len(step.kv_lengths), heads.dim).normal_()
+    like, rule = step.cache.layers[0], Rule(heads.dim**-0.5)
+    query = like.new_empty(len(step.kv_lengths), heads.query, heads.dim).normal_()
+    if read := getattr(kernels, "read", None):
+        return "read", lambda layer: read(query, layer, step, rule)
     new = like.new_empty(heads.kv, len(step.kv_lengths), heads.dim).normal_()
-    rule = Rule(heads.dim**-0.5)
-    known: dict[str, Any] = {"query": query, "step": step, "rule": rule}
-    read = getattr(kernels, "read", None) or getattr(kernels, "_read", None)
-    if read is None or not (wanted := set(inspect.signature(read).parameters)) <= known.keys() | {"kv", "layer"}:
-        return "attend", lambda layer: step.attend(layer, query, new, new, rule)
-    return "read", lambda layer: read(**_given(wanted, known, step, layer))
-
-
-def _given(wanted: set[str], known: dict[str, Any], step: Step, layer: int) -> dict[str, Any]:
-    every = {**known, "layer": layer, "kv": step.cache.layers[layer]}
-    return {name: every[name] for name in wanted}
+    return "attend", lambda layer: step.attend(layer, query.transpose(0, 1), new, new, rule)
