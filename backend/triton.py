@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -54,67 +53,45 @@ def parameters(request: Any) -> dict[str, Any]:
     return {**given, "timeout": request.timeout()} if request.timeout() else given
 
 
-class Reply:
-    """The way back to one request's caller."""
-
-    def __init__(self, request: Any) -> None:
-        self._sender = request.get_response_sender()
-
-    def cancelled(self) -> bool:
-        """Whether the caller has gone; costs about 100 µs."""
-        return bool(self._sender.is_cancelled())
-
-    def send(self, outputs: Outputs) -> None:
-        """One response."""
-        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
-        self._sender.send(pb_utils.InferenceResponse(tensors))
-
-    def finish(self, response: Any) -> None:
-        """The only response and the flag in one."""
-        self._sender.send(response, flags=FINAL)
-
-    def end(self, error: ServingError | None = None) -> None:
-        """The last message: an error, or only the flag."""
-        if error is None:
-            self._sender.send(flags=FINAL)
-        else:
-            self._sender.send(pb_utils.InferenceResponse(error=failure(error)), flags=FINAL)
-
-
 class Asked:
-    """One request of a task that answers once, whenever it is ready."""
+    """One request and the way back to its caller; whoever has it ends it exactly once: `answer`, `end` or `fail`."""
 
     def __init__(self, request: Any) -> None:
         self._request: Any = request
-        self._reply = Reply(request)
+        self._sender = request.get_response_sender()
 
     def rows(self) -> list[dict[str, Any]]:
         """Its inputs, as `rows`; once, inside execute()."""
         request, self._request = self._request, None
         return rows(request)
 
+    def parameters(self) -> dict[str, Any]:
+        """As `parameters`; before `rows`."""
+        return parameters(self._request)
+
+    def cancelled(self) -> bool:
+        """Whether the caller has gone; costs about 100 µs."""
+        return bool(self._sender.is_cancelled())
+
+    def send(self, outputs: Outputs) -> None:
+        """One response, which others follow."""
+        self._sender.send(_response(outputs))
+
     def answer(self, outputs: Outputs) -> None:
-        """The one response."""
-        tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
-        self._reply.finish(pb_utils.InferenceResponse(tensors))
+        """The only response, or the last one."""
+        self._sender.send(_response(outputs), flags=FINAL)
+
+    def end(self) -> None:
+        """No more responses."""
+        self._sender.send(flags=FINAL)
 
     def fail(self, error: Exception) -> None:
-        """An error in its place."""
-        self._reply.end(served(error))
+        """An error, the last that is sent."""
+        self._sender.send(pb_utils.InferenceResponse(error=failure(served(error))), flags=FINAL)
 
 
-@contextmanager
-def replying(request: Any) -> Iterator[Reply]:
-    """A Reply whose last message is sent exactly once, whatever happens inside."""
-    reply = Reply(request)
-    try:
-        yield reply
-    except BaseException as error:  # a cancelled coroutine must answer too
-        reply.end(served(error))
-        if not isinstance(error, Exception):
-            raise
-    else:
-        reply.end()
+def _response(outputs: Outputs) -> Any:
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outputs.items()])
 
 
 def served(error: BaseException) -> ServingError:

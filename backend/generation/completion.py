@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from backend.errors import ServingError
 from backend.generation.sequence import Sequence
-from backend.generation.stream import Delta, Stream
+from backend.generation.stream import Delta, News, Stream
 from backend.generation.text import Text
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Completion:
-    """One sequence, the stream that gets its text, and its place there."""
+    """One sequence, the stream that gets its text, and its place there.
+
+    Its text belongs to the engine's thread where stop strings must be found at once, else to the reader's.
+    """
 
     seq: Sequence
     stream: Stream
@@ -20,18 +23,32 @@ class Completion:
     text: Text
     logprob: float = 0.0
 
-    def push(self, token: int) -> str:
-        """The text that an accepted token adds; `text.stopped` once it completes a stop string."""
+    def seen(self, token: int) -> str | None:
+        """Engine's thread: the text that an accepted token adds, if stop strings must be looked for.
+
+        `text.stopped` once it completes one.
+        """
         if token < 0:
             raise ServingError("the model's logits are not finite")
-        return self.text.push([token]) if token not in self.seq.params.stop_token_ids else ""
+        return self._text([token]) if self.seq.params.stop else None
 
-    def delta(self, token: int, text: str, logprob: float | None) -> Delta:
-        """The news of one more token, the rest of the text with it if it was the last."""
-        if self.seq.finish_reason:
+    def news(self, token: int, text: str | None, logprob: float | None) -> News:
+        """Engine's thread: what its reader will be told of the token."""
+        return News(self, token, self.seq.finish_reason, logprob, text)
+
+    def delta(self, news: list[News]) -> Delta:
+        """Reader's thread: the gain of these tokens, the rest of the text with it if they were the last."""
+        tokens, reason = [each.token_id for each in news], news[-1].finish_reason
+        text = "".join([each.text for each in news if each.text]) if self.seq.params.stop else self._text(tokens)
+        if reason:
             text += self.text.finish()
         logprobs = None
-        if self.seq.params.logprobs and logprob is not None:
-            self.logprob += logprob
-            logprobs = [logprob]
-        return Delta(self.index, text, [token], self.seq.finish_reason, self.logprob, logprobs)
+        if self.seq.params.logprobs:
+            logprobs = [each.logprob for each in news if each.logprob is not None]
+            self.logprob += sum(logprobs)
+        return Delta(self.index, text, tokens, reason, self.logprob, logprobs)
+
+    def _text(self, tokens: list[int]) -> str:
+        """Tokens that end the sequence say nothing."""
+        ends = self.seq.params.stop_token_ids
+        return self.text.push([token for token in tokens if token not in ends])

@@ -1,18 +1,16 @@
-"""Engine: the thread that turns prompts into text, step by step. It does not know Triton, torch or who is asking.
+"""Engine: the thread that turns prompts into tokens, step by step. It does not know Triton, torch or who is asking.
 
 Callers leave work in an inbox and read a Stream; everything else (scheduler, rank group, books) belongs to the thread.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -21,7 +19,7 @@ from queue import Empty, SimpleQueue
 from backend import checkpoint
 from backend.config import EngineConfig
 from backend.devices import resolved
-from backend.errors import Cancelled, DeadlineExceeded, EngineDown, Overloaded, ServingError, serving
+from backend.errors import DeadlineExceeded, EngineDown, Overloaded, ServingError, serving
 from backend.generation.blocks import BlockPool
 from backend.generation.capacity import share
 from backend.generation.completion import Completion
@@ -29,7 +27,7 @@ from backend.generation.params import Defaults
 from backend.generation.plan import Sampled, pack
 from backend.generation.prompt import Prompt
 from backend.generation.scheduler import Chunk, Scheduler
-from backend.generation.stream import Delta, Stream
+from backend.generation.stream import Delta, News, Stream
 from backend.generation.text import Text
 from backend.generation.tokenizer import Tokenizer
 from backend.ranks.group import RankGroup, Report
@@ -38,20 +36,10 @@ from backend.ranks.restarts import Restarts
 DECODER = "backend.compute.decoder:Decoder"
 IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
-CANCEL_POLL = 0.1
-CANCEL_COST = 0.002
-"""Seconds between questions whether the caller is still there, at least, and more for each open sequence: each question
-costs about 100 µs, so all together take at most a twentieth of a core."""
-
-
-def _wake(loop: asyncio.AbstractEventLoop, news: asyncio.Event) -> None:
-    """From another thread."""
-    with suppress(RuntimeError):  # the loop has been closed: nobody listens any more
-        loop.call_soon_threadsafe(news.set)
 
 
 class Engine:
-    """Serves one generative model. `start`, then `stream` or `run` from any thread, then `close`."""
+    """Serves one generative model. `start`, then `open` or `run` from any thread, then `close`."""
 
     def __init__(self, config: EngineConfig, report: Report = print, worker: str = DECODER) -> None:
         self.config = resolved(config)
@@ -114,8 +102,11 @@ class Engine:
         self._inbox.put(look)
         return done.result(self.config.step_timeout)
 
-    def _submit(self, prompts: list[Prompt], notify: Callable[[], None]) -> Stream:
-        """Queue the prompts as one request; `notify` is called on the engine's thread when there is news."""
+    def open(self, prompts: list[Prompt], notify: Callable[[bool], None]) -> Stream:
+        """Queue the prompts as one request, to be followed by `leave`.
+
+        `notify` is called on the engine's thread when there is news, with whether a sequence ended.
+        """
         if self._down:
             raise EngineDown(f"the model {self._down}; try again later")
         for prompt in prompts:
@@ -136,7 +127,7 @@ class Engine:
                 )
             self._admitted += sequences
 
-    def _leave(self, stream: Stream) -> None:
+    def leave(self, stream: Stream) -> None:
         """The caller has all, or has gone: what is left of its request ends before the next step."""
         self._admit(-stream.sequences)
         if not stream.done:
@@ -145,7 +136,7 @@ class Engine:
     def run(self, prompts: list[Prompt], timeout: float | None = None) -> Iterator[list[Delta]]:
         """The news of a request as it comes, for threads; `timeout` seconds between two looks."""
         news = threading.Event()
-        stream = self._submit(prompts, news.set)
+        stream = self.open(prompts, lambda ended: news.set())
         try:
             while not stream.done:
                 if not news.wait(timeout):
@@ -154,26 +145,7 @@ class Engine:
                 if deltas := stream.take():
                     yield deltas
         finally:
-            self._leave(stream)
-
-    async def stream(self, prompts: list[Prompt], cancelled: Callable[[], bool]) -> AsyncIterator[list[Delta]]:
-        """The news of a request as it comes, for coroutines; raises Cancelled soon after `cancelled()` is true."""
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-        stream = self._submit(prompts, lambda: _wake(loop, news))
-        poll = loop.call_later(0, news.set)
-        try:
-            while not stream.done:
-                if loop.time() >= poll.when():
-                    if cancelled():
-                        raise Cancelled("the caller went away")
-                    poll = loop.call_later(max(CANCEL_POLL, CANCEL_COST * self._admitted), news.set)
-                await news.wait()
-                news.clear()
-                if deltas := stream.take():
-                    yield deltas
-        finally:
-            poll.cancel()
-            self._leave(stream)
+            self.leave(stream)
 
     def close(self) -> None:
         """End the ranks and every request still open."""
@@ -249,28 +221,29 @@ class Engine:
 
     def _commit(self, chunks: list[Chunk], sampled: Sampled) -> None:
         """Record a computed step and tell its readers."""
-        news: dict[int, Stream] = {}
-        for accepted in self._scheduler.commit(chunks, sampled.token_ids.tolist()):
-            if (completion := self._open.get(accepted.seq.arrival)) is None:
+        logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
+        told: dict[Stream, bool] = {}
+        for seq, token, row in self._scheduler.commit(chunks, sampled.token_ids.tolist()):
+            if (completion := self._open.get(seq.arrival)) is None:
                 continue  # a moment ago another sequence of its request failed
-            logprob = None if sampled.logprobs is None else float(sampled.logprobs[accepted.row])
+            stream = completion.stream
             try:
-                completion.stream.put(self._delta(completion, accepted.token_id, logprob))
+                stream.put(self._news(completion, token, logprobs[row] if logprobs else None))
             except Exception as error:  # a tokenizer's bug must not end the neighbours
-                self._end(completion.stream, serving(error))
-            news[id(completion.stream)] = completion.stream
-        for stream in news.values():
-            stream.ring()
+                self._end(stream, serving(error))
+            told[stream] = bool(seq.finish_reason) or told.get(stream, False)
+        for stream, ended in told.items():
+            stream.ring(ended)
 
-    def _delta(self, completion: Completion, token: int, logprob: float | None) -> Delta:
-        """The news of one more token; ends the sequence when it completes a stop string."""
-        seq, text = completion.seq, completion.push(token)
+    def _news(self, completion: Completion, token: int, logprob: float | None) -> News:
+        """One more token; ends the sequence when it completes a stop string."""
+        seq, text = completion.seq, completion.seen(token)
         if completion.text.stopped:
             self._scheduler.finish(seq, "stop")
             seq.finish_reason = "stop"  # also where this was the last token allowed
         if seq.finish_reason:
             del self._open[seq.arrival]
-        return completion.delta(token, text, logprob)
+        return completion.news(token, text, logprob)
 
     def _expire(self) -> None:
         for seq in self._scheduler.expire(time.monotonic()):

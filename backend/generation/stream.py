@@ -1,7 +1,8 @@
 """Stream: the mailbox from the engine's thread to one caller. It does not know what a token or a response is for.
 
 One thread puts, one takes; a deque's append and popleft are atomic, so there is no lock. A late reader gets everything
-since its last look as one delta per sequence, which is what bounds both memory and the number of responses.
+since its last look as one delta per sequence, which is what bounds both memory and the number of responses. Tokens
+become text when they are taken, on the reader's thread.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from backend.errors import ServingError
+
+if TYPE_CHECKING:
+    from backend.generation.completion import Completion
 
 
 @dataclass(slots=True)
@@ -37,27 +42,45 @@ class Delta:
             self.logprobs += later.logprobs
 
 
-class Stream:
-    """The deltas of one request's `sequences` sequences, in order."""
+class News(NamedTuple):
+    """One accepted token, as the engine's thread leaves it."""
 
-    def __init__(self, sequences: int, notify: Callable[[], None]) -> None:
+    completion: Completion
+    token_id: int
+    finish_reason: str
+    """Of the sequence, if this token was its last."""
+    logprob: float | None
+    text: str | None
+    """What the token adds, where the engine had to look (for stop strings)."""
+
+
+class Stream:
+    """The news of one request's `sequences` sequences, in order."""
+
+    def __init__(self, sequences: int, notify: Callable[[bool], None]) -> None:
+        """`notify` is told whether a sequence, or all, ended with the news."""
         self.sequences = sequences
         self._unfinished = sequences
-        self._mail: deque[Delta | ServingError] = deque()
+        self._mail: deque[News | ServingError] = deque()
         self._notify = notify
 
-    def put(self, delta: Delta) -> None:
+    def put(self, news: News) -> None:
         """Engine's thread: add news; `ring` tells the reader."""
-        self._mail.append(delta)
+        self._mail.append(news)
 
     def fail(self, error: ServingError) -> None:
-        """Engine's thread: end the whole request with `error`."""
+        """Any thread: end the whole request with `error`."""
         self._mail.append(error)
-        self.ring()
+        self.ring(ended=True)
 
-    def ring(self) -> None:
-        """Engine's thread: wake the reader."""
-        self._notify()
+    def ring(self, ended: bool) -> None:
+        """Engine's thread: tell the reader."""
+        self._notify(ended)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._mail)
 
     @property
     def done(self) -> bool:
@@ -66,18 +89,15 @@ class Stream:
 
     def take(self) -> list[Delta]:
         """All news since the last call, one delta a sequence, by index; then, alone, raises what ended the request."""
-        news: dict[int, Delta] = {}
+        gained: dict[int, list[News]] = {}
         while self._mail:
             mail = self._mail.popleft()
             if isinstance(mail, ServingError):
-                if not news:
+                if not gained:
                     raise mail
                 self._mail.appendleft(mail)
-                self._notify()  # the reader's next look
+                self._notify(True)  # the reader's next look
                 break
-            if known := news.get(mail.index):
-                known.extend(mail)
-            else:
-                news[mail.index] = mail
+            gained.setdefault(mail.completion.index, []).append(mail)
             self._unfinished -= bool(mail.finish_reason)
-        return [news[index] for index in sorted(news)]
+        return [news[0].completion.delta(news) for _, news in sorted(gained.items())]

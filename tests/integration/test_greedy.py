@@ -7,14 +7,14 @@ compared up to it, and few may have one.
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import json
 import sys
 import this
 from array import array
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -239,37 +239,31 @@ def split(smollm2: Path) -> Iterator[Engine]:
         yield engine
 
 
-async def answer(engine: Engine, row: Row, stream: bool) -> Answer:
+def answer(engine: Engine, row: Row, stream: bool) -> Answer:
     """One request as generate's model.py serves it, with the token ids that the engine gave."""
     fields = {**FIELDS, "max_tokens": NEW, **row, "stream": stream}
     request = Request.parse([fields], {}, engine)
     found = Answer()
-    async with aclosing(engine.stream(request.prompts, lambda: False)) as news:
-        async for deltas in news:
-            found.ids += array("i", deltas[0].token_ids)
-            if (outputs := request.answer(deltas)) is not None:
-                found.text += outputs["text_output"][0, 0].decode()
-                found.reason = outputs["finish_reason"][0, 0].decode()
-                found.responses += 1
+    for deltas in engine.run(request.prompts, timeout=600):
+        found.ids += array("i", deltas[0].token_ids)
+        if (outputs := request.answer(deltas)) is not None:
+            found.text += outputs["text_output"][0, 0].decode()
+            found.reason = outputs["finish_reason"][0, 0].decode()
+            found.responses += 1
     return found
 
 
 def alone(engine: Engine, rows: list[Row], odd: bool = True) -> list[Answer]:
     """One after the other; every other one streamed: those of odd or of even number."""
 
-    async def ask() -> list[Answer]:
-        return [await answer(engine, row, bool(i % 2) == odd) for i, row in enumerate(rows)]
-
-    return asyncio.run(ask())
+    return [answer(engine, row, bool(i % 2) == odd) for i, row in enumerate(rows)]
 
 
 def together(engine: Engine, rows: list[Row], odd: bool = False) -> list[Answer]:
     """All at once; streamed are those of even or of odd number."""
 
-    async def ask() -> list[Answer]:
-        return await asyncio.gather(*(answer(engine, row, bool(i % 2) == odd) for i, row in enumerate(rows)))
-
-    return asyncio.run(ask())
+    with ThreadPoolExecutor(len(rows)) as threads:
+        return list(threads.map(lambda i: answer(engine, rows[i], bool(i % 2) == odd), range(len(rows))))
 
 
 def assert_equal(found: list[Answer], wanted: list[Want]) -> None:

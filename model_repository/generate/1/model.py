@@ -1,32 +1,20 @@
-"""generate: prompts in, text out as it is written. Decoupled: the engine batches, Triton carries."""
-
-import asyncio
-from contextlib import aclosing
+"""generate: prompts in, text out as it is written. Decoupled: the engine batches, the service's threads send."""
 
 from backend.config import EngineConfig
-from backend.generation.engine import Engine
-from backend.generation.request import Request
-from backend.triton import parameters, replying, reporter, rows
+from backend.generation.service import Service
+from backend.triton import Asked, reporter
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.engine = Engine(EngineConfig.from_triton(args), reporter(args["model_name"]))
-        self.engine.start()
+        self.service = Service(EngineConfig.from_triton(args), reporter(args["model_name"]))
+        self.service.start()
 
-    async def execute(self, requests):
-        await asyncio.gather(*map(self.serve, requests))
-
-    async def serve(self, request):
-        with replying(request) as reply:  # exactly one FINAL, errors included
-            asked = await asyncio.to_thread(Request.parse, rows(request), parameters(request), self.engine)
-            async with aclosing(self.engine.stream(asked.prompts, reply.cancelled)) as news:
-                async for deltas in news:
-                    if outputs := asked.answer(deltas):
-                        reply.send(outputs)
+    def execute(self, requests):  # returns at once; each request is answered as its text comes
+        self.service.serve([Asked(request) for request in requests])
 
     def is_ready(self):  # asked by Triton 26.03 and later
-        return self.engine.healthy
+        return self.service.healthy
 
     def finalize(self):
-        self.engine.close()
+        self.service.close()

@@ -1,12 +1,11 @@
 """The engine against a decoder without a model, in real rank processes: tokens, order, limits, deaths and restarts."""
 
-import asyncio
 import random
 import sys
 import threading
 import time
 from array import array
-from contextlib import aclosing, closing
+from contextlib import closing
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -15,11 +14,10 @@ import psutil
 import pytest
 
 from backend.config import EngineConfig
-from backend.errors import Cancelled, DeadlineExceeded, EngineDown, InvalidInput, LoadError, Overloaded, ServingError
+from backend.errors import DeadlineExceeded, EngineDown, InvalidInput, LoadError, Overloaded, ServingError
 from backend.generation.engine import Engine
 from backend.generation.prompt import Prompt
 from backend.generation.sequence import SamplingParams
-from backend.generation.stream import Delta, Stream
 
 FAKES = Path(__file__).parents[2] / "fakes"
 sys.path.insert(0, str(FAKES))
@@ -269,28 +267,6 @@ def test_a_length_that_does_not_fit_is_refused(make, parameters, message):
         make(**parameters)
 
 
-def test_coroutines_are_served_and_cancelled(make):
-    engine = make()
-
-    async def tokens(ids, cancelled=lambda: False, **changes):
-        found = []
-        params = replace(PARAMS, **changes)
-        async with aclosing(engine.stream([prompt(*ids, params=params)], cancelled)) as news:
-            async for deltas in news:
-                found += deltas[0].token_ids
-        return found
-
-    async def scene():
-        served = [tokens([5 + i]) for i in range(20)]
-        gone = tokens([SLOW], cancelled=lambda: True, max_tokens=400)
-        return await asyncio.gather(*served, gone, return_exceptions=True)
-
-    *served, gone = asyncio.run(scene())
-    assert served == [truth([5 + i], 20) for i in range(20)]
-    assert isinstance(gone, Cancelled)
-    assert open_sequences(engine) == 0
-
-
 def test_stop_strings_end_a_sequence_and_the_text_is_that_of_its_tokens(make):
     engine = make()
     free = replace(PARAMS, max_tokens=40, stop_token_ids=frozenset())
@@ -345,17 +321,6 @@ def test_a_deadline_holds_while_a_rank_hangs_and_close_does_not_wait_for_it(make
     assert time.monotonic() - start < 10
     with pytest.raises(EngineDown, match="unloaded"):
         complete(engine, prompt(5))
-
-
-def test_what_came_before_a_failure_is_read_before_it(make):
-    stream = Stream(1, notify=(rung := []).append)
-    stream._notify = lambda: rung.append(1)
-    stream.put(Delta(0, "Hello", [7]))
-    stream.fail(EngineDown("gone"))
-    assert [delta.text for delta in stream.take()] == ["Hello"]
-    assert len(rung) == 2  # the second ring makes the reader look again
-    with pytest.raises(EngineDown, match="gone"):
-        stream.take()
 
 
 def test_priority_orders_admission(make):

@@ -1,0 +1,110 @@
+"""Delivery: one request's news on their way to its caller. It knows neither Triton nor which thread it is on.
+
+A response costs as much with eight tokens as with one, so there is a least interval between two of them: the first goes
+at once, each later one carries all text since, and an end waits for nothing. No clock is needed for that: another token
+comes with the engine's next step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from math import inf
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from backend.errors import Cancelled
+from backend.generation.request import Request
+from backend.generation.stream import Stream
+
+log = logging.getLogger("tritonspeed")
+
+
+class Asked(Protocol):
+    """A caller: what was asked, and the way back."""
+
+    def rows(self) -> list[dict[str, Any]]: ...
+    def parameters(self) -> dict[str, Any]: ...
+    def cancelled(self) -> bool: ...
+    def send(self, outputs: Mapping[str, NDArray[Any]]) -> None: ...
+    def answer(self, outputs: Mapping[str, NDArray[Any]]) -> None: ...
+    def end(self) -> None: ...
+    def fail(self, error: Exception) -> None: ...
+
+
+class Delivery:
+    """Whoever holds its turn, and nobody else, sends: it is in the outbox, or with a sender. Once over it keeps it."""
+
+    stream: Stream
+    """Set before the first turn."""
+
+    def __init__(self, request: Request, asked: Asked, outbox: Callable[[Delivery], None]) -> None:
+        self._request, self._asked, self._outbox = request, asked, outbox
+        self._turn = threading.Lock()
+        self._turn.acquire()
+        self._asking = False  # Triton must not be asked about a request that is over: so only with the turn
+        self._ended = False  # a sequence has, or all have, since the last look
+        self._due = 0.0 if request.options.stream else inf  # before that, only an end is worth a look
+
+    def notify(self, ended: bool) -> None:
+        """Engine's thread: there is news."""
+        if ended:
+            self._ended = True
+        if ended or time.monotonic() >= self._due:
+            self._queue()
+
+    def look(self) -> None:
+        """Any thread, now and then: have a sender ask whether the caller has gone, and send what waits for no step."""
+        self._asking = True
+        self._queue()
+
+    def send(self, interval: float) -> bool:
+        """A sender's thread: all the news in one response, the next at least `interval` seconds later.
+
+        Returns whether the request is over.
+        """
+        self._ended = False
+        try:
+            over = self._send()
+        except Exception as error:
+            self._fail(error)
+            return True
+        if not over:
+            if self._due < inf:
+                self._due = time.monotonic() + interval
+            self.release()
+        return over
+
+    def release(self) -> None:
+        """Give the turn back, and take it again for news that came meanwhile."""
+        self._turn.release()
+        if self._overdue():
+            self._queue()
+
+    def _send(self) -> bool:
+        if self._asking:
+            self._asking = False
+            if self._asked.cancelled():
+                raise Cancelled("the caller went away")
+        outputs, over = self._request.answer(self.stream.take()), self.stream.done
+        if over:
+            self._asked.answer(outputs) if outputs else self._asked.end()
+        elif outputs:
+            self._asked.send(outputs)
+        return over
+
+    def _fail(self, error: Exception) -> None:
+        try:
+            self._asked.fail(error)
+        except Exception as second:  # the way back is broken
+            log.error("a request could not be answered: %s", error, exc_info=second)
+
+    def _overdue(self) -> bool:
+        return self.stream.waiting and (self._ended or time.monotonic() >= self._due)
+
+    def _queue(self) -> None:
+        if self._turn.acquire(blocking=False):
+            self._outbox(self)

@@ -1,0 +1,107 @@
+"""Service: the threads between the callers and the engine. It knows neither Triton nor how tokens are made.
+
+Some tokenise what comes in, some send what comes out, one asks now and then whether the callers are still there: the
+engine's thread does none of that.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any
+
+from backend.config import EngineConfig
+from backend.errors import EngineDown
+from backend.generation.delivery import Asked, Delivery
+from backend.generation.engine import DECODER, Engine
+from backend.generation.request import Request
+from backend.ranks.group import Report
+
+SENDERS = 2
+TOKENISERS = 4
+RESPONSES = 4000.0
+"""Responses a second, over all streams: sends cost 100 to 300 µs each, and share the interpreter with the engine."""
+CANCEL_POLL = 0.1
+CANCEL_COST = 0.002
+"""Seconds between two questions to the same caller whether it is still there, and at least between any two: each costs
+about 100 µs, so all together take at most a twentieth of a core."""
+CLOSING = 5.0
+"""Seconds for the last answers at the end."""
+
+
+class Service:
+    """Serves one generative model. `start`, then `serve` from any thread, then `close`."""
+
+    def __init__(self, config: EngineConfig, report: Report = print, worker: str = DECODER) -> None:
+        self.engine = Engine(config, report, worker)
+        self._tokenising = ThreadPoolExecutor(TOKENISERS, "tokeniser")
+        self._outbox: SimpleQueue[Delivery | None] = SimpleQueue()
+        self._open: dict[Delivery, None] = {}
+        self._closing = threading.Event()
+        works = [self._send] * SENDERS + [self._watch]
+        self._threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in works]
+
+    def start(self) -> None:
+        """Load, and begin to serve; LoadError with a one-line reason otherwise."""
+        self.engine.start()
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        return self.engine.healthy
+
+    def serve(self, asked: Sequence[Asked]) -> None:
+        """Answer each, later, with errors too."""
+        for one in asked:
+            try:
+                parameters, rows = one.parameters(), one.rows()
+            except Exception as error:
+                one.fail(error)
+            else:
+                self._tokenising.submit(self._begin, one, rows, parameters)
+
+    def close(self) -> None:
+        """End the engine; every request that is still open gets its error."""
+        self.engine.close()
+        self._tokenising.shutdown()
+        deadline = time.monotonic() + CLOSING
+        for delivery in list(self._open):  # one that came too late for the engine
+            delivery.stream.fail(EngineDown("the model is being unloaded"))
+        while self._open and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._closing.set()
+        for _ in range(SENDERS):
+            self._outbox.put(None)
+        for thread in self._threads:
+            if thread.ident:
+                thread.join()
+
+    def _begin(self, asked: Asked, rows: list[dict[str, Any]], parameters: dict[str, Any]) -> None:
+        """A tokeniser's thread: from values to a request that runs."""
+        try:
+            request = Request.parse(rows, parameters, self.engine)
+            delivery = Delivery(request, asked, self._outbox.put)
+            delivery.stream = self.engine.open(request.prompts, delivery.notify)
+        except Exception as error:
+            asked.fail(error)
+        else:
+            self._open[delivery] = None
+            delivery.release()
+
+    def _send(self) -> None:
+        """A sender's thread."""
+        while (delivery := self._outbox.get()) is not None:
+            if delivery.send(len(self._open) / RESPONSES):
+                del self._open[delivery]
+                self.engine.leave(delivery.stream)
+
+    def _watch(self) -> None:
+        """The thread that asks callers whether they are still there, one after the other."""
+        while not self._closing.wait(CANCEL_POLL if not self._open else 0.0):
+            for delivery in list(self._open):
+                delivery.look()
+                self._closing.wait(max(CANCEL_COST, CANCEL_POLL / max(1, len(self._open))))
