@@ -49,9 +49,12 @@ class Encoder:
         self._model.config.use_cache = False  # decoders that embed would keep keys and values
         self._types = self._kinds()
         self._packing: Packing | None = None
-        if self._device.type == "cuda" and packable(type(self._model), self._model.config, dtype):
+        if self._packs(dtype):
             self._pack()
             self._graph(birth.world)
+
+    def _packs(self, dtype: torch.dtype) -> bool:
+        return self._device.type == "cuda" and packable(type(self._model), self._model.config, dtype)
 
     def _pack(self) -> None:
         """Compute without padding, once a trial has shown that the result stays."""

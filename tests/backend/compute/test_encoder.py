@@ -35,12 +35,12 @@ def encoder(monkeypatch, tmp_path):
     monkeypatch.setitem(TASKS, "whole", "whole_task:Whole")
     monkeypatch.setitem(sys.modules, "whole_task", sys.modules[__name__])
 
-    def make(folder, **settings):
+    def make(folder, said=None, **settings):
         scratch = tmp_path / "ranks"
         scratch.mkdir(exist_ok=True)
         config = EngineConfig(model=str(folder), device="cpu", threads=1, **({"step_tokens": 64} | settings))
         birth = Birth("", config, 0, 1, str(scratch), os.getpid(), "whole")
-        return Encoder(birth, lambda text: None)
+        return Encoder(birth, (said if said is not None else []).append)
 
     yield make
     if torch.distributed.is_initialized():
@@ -74,3 +74,67 @@ def test_sequences_of_a_micro_batch_do_not_see_each_other(encoder, tmp_path, fam
         with torch.inference_mode():
             alone = model(input_ids=torch.from_numpy(piece.ids).long()[None], **more).last_hidden_state[0]
         np.testing.assert_allclose(answer[: len(piece.ids)], alone, atol=1e-5)
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """Packing and graphs as on CUDA; what stands for capturing returns what stands for the replay."""
+
+    def allow(capture):
+        monkeypatch.setattr(Encoder, "_packs", lambda self, dtype: True)
+        monkeypatch.setattr("backend.compute.encoder.Capture", lambda: capture)
+
+    return allow
+
+
+def answers(worker):
+    return [answer[: len(piece.ids)] for answer, piece in zip(worker.forward(Texts.of(GIVEN)), GIVEN, strict=True)]
+
+
+GIVEN = pieces(2)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
+def test_graphs_change_no_answer(encoder, packs, tmp_path, family):
+    folder = write(tmp_path / "model", family, "AutoModel")
+    wanted, captured, said = answers(encoder(folder)), [], []
+    packs(lambda compute: captured.append(compute) or compute)
+    worker = encoder(folder, said, step_tokens=512)
+    assert said == ["texts are packed without padding", "layers run as CUDA graphs"]
+    worker.warm_up()
+    warm = len(captured)
+    assert warm > 1
+    for _ in range(3):
+        for answer, alone in zip(answers(worker), wanted, strict=True):
+            np.testing.assert_allclose(answer, alone, atol=1e-5)
+    worker.warm_up()
+    assert len(captured) <= warm + 1  # of the batch above; what had been warmed up was there
+
+
+def no_news(compute):
+    """A graph that takes in nothing of a new batch."""
+    return lambda: None
+
+
+def no_capture(compute):
+    raise RuntimeError("operation not permitted")
+
+
+@pytest.mark.parametrize(("capture", "reason"), [(no_news, "differs by"), (no_capture, "not permitted")])
+def test_graphs_that_fail_their_trial_are_not_used(encoder, packs, tmp_path, capture, reason):
+    folder = write(tmp_path / "model", "bert", "AutoModel")
+    wanted, said = answers(encoder(folder)), []
+    packs(capture)
+    worker = encoder(folder, said)
+    assert "without CUDA graphs" in said[-1] and reason in said[-1]
+    for _ in range(3):
+        for answer, alone in zip(answers(worker), wanted, strict=True):
+            np.testing.assert_allclose(answer, alone, atol=1e-5)
+
+
+def test_graphs_can_be_refused(encoder, packs, tmp_path):
+    said = []
+    packs(no_capture)
+    worker = encoder(write(tmp_path / "model", "bert", "AutoModel"), said, cuda_graphs=False)
+    worker.warm_up()
+    assert said == ["texts are packed without padding"]
