@@ -154,7 +154,7 @@ def test_linear_parts(dtype: torch.dtype, parts: str, activation: str | None, to
     """By the rule, then every shape that differs in kind; sizes that no shape divides."""
     made = Product(dtype, tokens, 40, 200, len(parts))
     made.check(parts, activation)
-    for chosen in SHAPES:
+    for chosen in SHAPES if tokens > 1 else SHAPES[:1]:
         made.check(parts, activation, chosen)
 
 
