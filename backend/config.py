@@ -48,6 +48,8 @@ class EngineConfig:
     run_ahead: bool = True
     """Whether step N+1 is sent before step N's tokens have come back."""
     cuda_graphs: bool = True
+    compile: bool = True
+    """Whether image models are compiled on CUDA as they load: a minute or two the first time, seconds once cached."""
     fused_kernels: bool = True
     """Whether decoder layers of known structure are computed by fused kernels (CUDA); each is tried at load."""
     threads: int = 0

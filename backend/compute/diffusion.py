@@ -8,18 +8,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from backend.checkpoint import resolve
-from backend.compute.diffusion_graphs import DenoiserGraphs
+from backend.compute.diffusion_compile import Compiled, compiled, dismiss_compilers
+from backend.compute.diffusion_graphs import ForwardGraphs, keep_steps_on_host
 from backend.compute.diffusion_guidance import shared_guidance
+from backend.compute.diffusion_pipeline import denoiser_of, dtype_of, inpainting, load, text_encoders
 from backend.compute.tensor_parallel import join
+from backend.compute.upload import download
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.ranks.rank import Birth
@@ -29,6 +32,8 @@ Batch = dict[str, Any]
 
 Drawn = tuple[NDArray[np.uint8], bool]
 """An image [height, width, 3], and whether the safety checker made it black."""
+
+Answer = list[Drawn | ServingError | None]
 
 BINNED = (32, 64, 128, 256)
 """The sample sizes for which PixArt's pipelines know shapes that the model was trained with."""
@@ -43,27 +48,40 @@ class Diffusion:
         self._device = join(birth, progress)
         self._pipeline = load(resolve(birth.config.model, None), dtype_of(birth.config), self._device)
         self._inpainting = inpainting(self._pipeline)
-        if self._device.type == "cuda" and birth.config.cuda_graphs:
-            DenoiserGraphs(denoiser_of(self._pipeline), self._device)
+        self._compiled = self._quicken(birth.config) if self._device.type == "cuda" else []
+
+    def _quicken(self, config: EngineConfig) -> list[Compiled]:
+        """What takes time on a GPU: launches, and elementwise kernels that a compiler fuses."""
+        found = compiled(self._pipeline, self._progress) if config.compile else []
+        if config.cuda_graphs:
+            pool = torch.cuda.graph_pool_handle()
+            for model in (*text_encoders(self._pipeline).values(), denoiser_of(self._pipeline)):
+                ForwardGraphs(model, self._device, pool, self._progress)
+            keep_steps_on_host(self._pipeline.scheduler)
+        return found
 
     def warm_up(self) -> None:
-        """Two steps of one image, and of one on each rank."""
-        for count in sorted({1, self._world}):
-            found = self.forward(example(count, "Inpaint" in type(self._pipeline).__name__))
+        """Two steps of one image, of one on each rank, and of two where models are compiled for one and for more."""
+        for count in sorted({1, self._world, *([2 * self._world] if self._compiled else [])}):
+            answer = self.forward(example(count, "Inpaint" in type(self._pipeline).__name__))
+            found = answer() if callable(answer) else answer
             if error := next((each for each in found if isinstance(each, ServingError)), None):
                 raise LoadError(f"the pipeline cannot draw: {error}")
             self._progress(f"warm-up: {count} images")
+        for each in self._compiled:
+            each.settle()
+        if self._compiled:
+            dismiss_compilers()
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> list[Drawn | ServingError | None]:
+    def forward(self, batch: Batch) -> Answer | Callable[[], Answer]:
         """An entry an image; None where another rank has it, the same error for all where the call was refused."""
         count = len(batch["prompts"])
         try:
             if self._world == 1 or self._share_guidance(count):
-                return [*self._draw(batch, shared=self._world > 1)]
+                return self._draw(batch, range(count), count, shared=self._world > 1)
             own = range(self._rank, count, self._world)
-            images = iter(self._draw(part(batch, own)) if own else [])
-            return [next(images) if index in own else None for index in range(count)]
+            return self._draw(part(batch, own), own, count) if own else [None] * count
         except ValueError as error:  # diffusers refuses arguments so; the pipeline goes on
             return [InvalidInput(" ".join(str(error).split())[:500])] * count
         except torch.OutOfMemoryError:
@@ -76,70 +94,23 @@ class Diffusion:
         """Whether the ranks, too many for an image each, divide the doubled batch of guidance evenly."""
         return count < self._world and 2 * count % self._world == 0
 
-    def _draw(self, batch: Batch, shared: bool = False) -> list[Drawn | ServingError | None]:
+    def _draw(self, batch: Batch, own: range, count: int, shared: bool = False) -> Answer | Callable[[], Answer]:
+        """Draw the images `own` of `count`; on CUDA the answer is one to wait for, while the next batch may begin."""
         pipeline = self._pipeline if batch["images"] is None else self._inpainting
         rows = 2 * len(batch["prompts"])
         with shared_guidance(denoiser_of(pipeline), rows, self._rank, self._world) if shared else nullcontext():
             output = pipeline(**arguments(pipeline, batch))
         flags = getattr(output, "nsfw_content_detected", None) or [False] * len(batch["prompts"])
-        return [drawn(image, flag) for image, flag in zip(output.images, flags, strict=True)]
+        pixels, sound = quantized(output.images)
+        if self._device.type != "cuda":
+            return spread(drawn(pixels, sound, flags), own, count)
+        arrived = download(pixels, sound)
 
+        def answer() -> Answer:
+            pixels, sound = arrived()
+            return spread(drawn(pixels, sound, flags), own, count)
 
-def denoiser_of(pipeline: Any) -> Any:
-    """The model that runs once a step."""
-    return getattr(pipeline, "unet", None) or pipeline.transformer
-
-
-def dtype_of(config: EngineConfig) -> torch.dtype:
-    """The configured type; auto is float16 on CUDA and float32 on CPU."""
-    auto = "float16" if config.device == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
-    return dtype
-
-
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The folder's pipeline: safetensors alone, nothing fetched, none of its own code. LoadError says why not."""
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-    from transformers.utils import logging as loading
-
-    logging.disable_progress_bar()
-    loading.disable_progress_bar()
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, variant=variant_of(folder), dtype=dtype
-        )
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:500]}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    if device.type == "cuda":
-        for model in (getattr(pipeline, "unet", None), pipeline.vae):
-            if model is not None:
-                model.to(memory_format=torch.channels_last)
-    return pipeline
-
-
-def variant_of(folder: Path) -> str | None:
-    """fp16 where a folder holds that alone."""
-    weights = [file.name for name in ("unet", "transformer") for file in (folder / name).glob("*.safetensors")]
-    return "fp16" if weights and all(".fp16" in name for name in weights) else None
-
-
-def inpainting(pipeline: Any) -> Any:
-    """The pipeline that fills masks with the same weights; None where diffusers has none."""
-    import diffusers
-
-    name = type(pipeline).__name__
-    if "Inpaint" in name:
-        return pipeline
-    kind = getattr(diffusers, name.replace("Pipeline", "InpaintPipeline"), None)
-    if kind is None:
-        return None
-    own = {**pipeline.config, **pipeline.components}  # from_pipe would cast what the model keeps in float32
-    found = kind(**{name: own[name] for name in inspect.signature(kind.__init__).parameters if name in own})
-    found.set_progress_bar_config(disable=True)
-    return found
+        return answer
 
 
 def arguments(pipeline: Any, batch: Batch) -> dict[str, Any]:
@@ -147,7 +118,7 @@ def arguments(pipeline: Any, batch: Batch) -> dict[str, Any]:
     given = {
         "prompt": batch["prompts"],
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in batch["seeds"]],
-        "output_type": "np",
+        "output_type": "pt",
         **batch["settings"],
     }
     if batch["negative_prompts"] is not None:
@@ -167,11 +138,23 @@ def part(batch: Batch, own: range) -> Batch:
     }
 
 
-def drawn(image: NDArray[np.float32], flagged: bool) -> Drawn | ServingError:
-    """As bytes, rounded as diffusers does.  # [height, width, 3], 0 to 1"""
-    if not np.isfinite(image).all():
-        return ServingError("the model made an image that is not a number; load it with dtype bfloat16 or float32")
-    return (image * 255).round().astype(np.uint8), bool(flagged)
+def quantized(images: Tensor) -> tuple[Tensor, Tensor]:
+    """As bytes, rounded as diffusers does, and which are numbers.  # [n, 3, h, w], 0 to 1 -> [n, h, w, 3], [n]"""
+    sound = images.isfinite().flatten(1).all(1)
+    return (images.float().permute(0, 2, 3, 1) * 255).round().to(torch.uint8).contiguous(), sound
+
+
+def drawn(pixels: Tensor, sound: Tensor, flags: list[bool]) -> list[Drawn | ServingError]:
+    """An entry an image."""
+    wrong = ServingError("the model made an image that is not a number; load it with dtype bfloat16 or float32")
+    rows = zip(pixels.numpy(), sound.tolist(), flags, strict=True)
+    return [(image, bool(flag)) if fine else wrong for image, fine, flag in rows]
+
+
+def spread(found: list[Drawn | ServingError], own: range, count: int) -> Answer:
+    """A rank's own images in their places among all."""
+    images = iter(found)
+    return [next(images) if index in own else None for index in range(count)]
 
 
 def example(count: int, with_images: bool) -> Batch:

@@ -1,0 +1,139 @@
+"""A pipeline's models under torch.compile: learnt as it warms up, as they are where that fails. It knows no requests.
+
+Compiled once for any number of rows, and once more for a single row, which torch takes for a case of its own. Other
+sizes of images than those met while learning run as they are: no request waits for a compiler.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from backend.compute.diffusion_graphs import signature
+from backend.compute.diffusion_pipeline import denoiser_of
+
+TOLERANCE = 0.05
+"""Compiled against plain in half precision, relative to the largest value; a wrong kernel shows as far more."""
+
+FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""What diffusers calls fused projections, and what they are made of."""
+
+
+def compiled(pipeline: Any, say: Callable[[str], None]) -> list[Compiled]:
+    """Have the models that take the time compiled, once they are called."""
+    denoiser = denoiser_of(pipeline)
+    fuse(denoiser)
+    return [Compiled(denoiser, "denoiser", say), Compiled(pipeline.vae.decoder, "decoder", say)]
+
+
+def fuse(denoiser: Any) -> None:
+    """Queries, keys and values by one product, in the memory of one: diffusers' own way, where the model has it."""
+    if not hasattr(denoiser, "fuse_qkv_projections"):
+        return
+    with suppress(ValueError):  # attention over added keys
+        denoiser.fuse_qkv_projections()
+    for module in denoiser.modules():
+        for whole, parts in FUSED.items():
+            if hasattr(module, whole):
+                _share_memory(getattr(module, whole), [getattr(module, part) for part in parts])
+
+
+def _share_memory(whole: nn.Linear, parts: list[nn.Linear]) -> None:
+    """Make the separate projections views of the fused one."""
+    sizes = [part.out_features for part in parts]
+    for part, weight in zip(parts, whole.weight.data.split(sizes), strict=True):
+        part.weight.data = weight
+    if whole.bias is not None:
+        for part, bias in zip(parts, whole.bias.data.split(sizes), strict=True):
+            part.bias.data = bias
+
+
+class Compiled:
+    """Stands for a model's `forward`; compiles it for the shapes that it meets before `settle` is called."""
+
+    def __init__(self, model: nn.Module, name: str, say: Callable[[str], None], backend: Any = "inductor") -> None:
+        self._plain, self._name, self._say = model.forward, name, say
+        self._compiled = torch.compile(self._plain, dynamic=False, backend=backend)
+        self._known: set[Any] = set()
+        self._learning = True
+        model.forward = self  # as the pipeline calls it
+
+    def __call__(self, *values: Any, **named: Any) -> Any:
+        leaves, shape = tree_flatten((values, named))
+        leaves = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        values, named = tree_unflatten(leaves, shape)
+        rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
+        form = (str(shape), rows == 1, *(_beside(leaf, rows) for leaf in leaves))
+        if self._learning and form not in self._known:
+            return self._learn(form, rows, values, named)
+        if form not in self._known:
+            return self._plain(*values, **named)
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self._compiled(*values, **named)
+
+    def settle(self) -> None:
+        """Compile nothing from now on."""
+        self._learning = False
+
+    def _learn(self, form: Any, rows: int, values: Any, named: Any) -> Any:
+        """Compile, compare once, and take the plain model for ever where either fails."""
+        self._say(f"compiling the {self._name}: up to a minute, seconds where it was compiled before")
+        start, usual = time.monotonic(), self._plain(*values, **named)
+        reason = self._trial(rows, values, named, usual)
+        if reason:
+            self._learning = False
+            self._known.clear()
+            self._say(f"the {self._name} is not compiled: {reason}")
+        else:
+            self._known.add(form)
+            self._say(f"the {self._name} is compiled, {time.monotonic() - start:.0f} s")
+        return usual
+
+    def _trial(self, rows: int, values: Any, named: Any, usual: Any) -> str:
+        """Why the compiled model cannot be used; empty if it can."""
+        try:
+            if rows > 1:
+                _free_rows((values, named), rows)
+            difference = distance(self._compiled(*values, **named), usual)
+        except Exception as error:  # a compiler's failures have no common class
+            return " ".join(str(error).split())[:300] or type(error).__name__
+        return "" if difference < TOLERANCE else f"its result differs by {difference:.3g}"
+
+
+def _beside(leaf: Any, rows: int) -> Any:
+    """What a compiled model depends on beside the number of rows."""
+    if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows:
+        return "rows", tuple(leaf.shape[1:]), leaf.dtype
+    return signature(leaf)
+
+
+def _free_rows(given: Any, rows: int) -> None:
+    """Tell the compiler that the number of rows will be another one each time."""
+    for leaf in tree_flatten(given)[0]:
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows:
+            torch._dynamo.mark_dynamic(leaf, 0)
+
+
+def distance(found: Any, usual: Any) -> float:
+    """The largest difference between two answers' tensors, relative to the largest value."""
+    pairs = zip(tree_flatten(found)[0], tree_flatten(usual)[0], strict=True)
+    tensors = [(a.float(), b.float()) for a, b in pairs if isinstance(b, Tensor)]
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in tensors)
+
+
+def dismiss_compilers() -> None:
+    """End the processes that compiled: nothing will be compiled any more."""
+    with suppress(ImportError, OSError, RuntimeError):
+        from torch._inductor.async_compile import shutdown_compile_workers
+
+        shutdown_compile_workers()

@@ -1,0 +1,128 @@
+"""Compiled models of a pipeline: once for any number of images, never while serving, and left alone where wrong."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from backend.compute.diffusion import Diffusion
+from backend.compute.diffusion_compile import Compiled, fuse
+from backend.compute.diffusion_pipeline import denoiser_of
+from backend.config import EngineConfig
+from backend.ranks.rank import Birth
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
+
+import tiny_diffusion
+
+PROMPTS = ["a red circle", "the digit three", "a blue square"]
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_diffusion.save("sd", tmp_path_factory.mktemp("sd"))
+
+
+def made(folder, say=print, **changes):
+    config = EngineConfig(**{"model": str(folder), "device": "cpu", "threads": 1, **changes})
+    return Diffusion(Birth("", config, 0, 1, "", 0), say)
+
+
+def draw(worker, count, **given):
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, **given}
+    answer = worker.forward(
+        dict(prompts=PROMPTS[:count], seeds=[1, 2, 3][:count], negative_prompts=None, images=None, masks=None,
+             settings=settings)
+    )  # fmt: skip
+    return np.stack([image for image, _ in (answer() if callable(answer) else answer)])
+
+
+class Layer(torch.nn.Module):
+    def forward(self, values, scale=2.0):
+        return (values.sin() * scale,)
+
+
+def test_one_compilation_serves_every_number_of_images_and_none_happens_while_serving(folder):
+    plain, worker, counter = made(folder), made(folder), CompileCounter()
+    worker._compiled = [Compiled(denoiser_of(worker._pipeline), "denoiser", print, counter)]
+    worker.warm_up()
+    assert counter.frame_count == 1
+    for count in (1, 2, 3):
+        assert np.array_equal(draw(worker, count), draw(plain, count))
+    given = {"guidance_scale": 1.0, "height": 48, "width": 48}
+    assert np.array_equal(draw(worker, 1, **given), draw(plain, 1, **given))
+    assert counter.frame_count == 1
+
+
+def test_one_row_and_many_are_learnt_apart_and_other_shapes_run_as_they_are():
+    layer, counter, told = Layer(), CompileCounter(), []
+    compiled = Compiled(layer, "layer", told.append, counter)
+    for rows in (1, 2, 5):
+        torch.testing.assert_close(layer(torch.ones(rows, 3))[0], torch.ones(rows, 3).sin() * 2)
+    assert counter.frame_count == 2
+    compiled.settle()
+    layer(torch.ones(7, 3))
+    layer(torch.ones(2, 4))
+    layer(torch.ones(2, 3), scale=3.0)
+    assert counter.frame_count == 2
+    assert [line for line in told if "is compiled" in line]
+
+
+def test_a_compiler_that_fails_is_told_and_the_model_runs_as_it_is():
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    layer, told = Layer(), []
+    Compiled(layer, "layer", told.append, broken)
+    for _ in range(2):
+        torch.testing.assert_close(layer(torch.ones(2, 3))[0], torch.ones(2, 3).sin() * 2)
+    assert len([line for line in told if "the layer is not compiled" in line and "no compiler here" in line]) == 1
+
+
+@pytest.mark.parametrize("wrong", [1.5, float("nan")])
+def test_a_compiled_model_that_computes_something_else_is_not_used(wrong):
+    def distorting(graph, inputs):
+        return lambda *values: tuple(value * wrong for value in graph(*values))
+
+    layer, told = Layer(), []
+    Compiled(layer, "layer", told.append, distorting)
+    for _ in range(2):
+        torch.testing.assert_close(layer(torch.ones(2, 3))[0], torch.ones(2, 3).sin() * 2)
+    assert any("its result differs by" in line for line in told)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "pixart"])
+def test_fused_projections_change_no_pixel_and_take_no_memory_twice(kind, tmp_path):
+    worker = made(tiny_diffusion.save(kind, tmp_path))
+    before, denoiser = draw(worker, 2), denoiser_of(worker._pipeline)
+    fuse(denoiser)
+    assert np.abs(draw(worker, 2).astype(int) - before).max() <= 1
+    fused = [module for module in denoiser.modules() if hasattr(module, "to_qkv")]
+    assert fused
+    for module in fused:
+        assert module.to_q.weight.data_ptr() == module.to_qkv.weight.data_ptr()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "pixart"])
+def test_compiled_on_cuda(kind, tmp_path):
+    told = []
+    folder = tiny_diffusion.save(kind, tmp_path)
+    workers = [made(folder, told.append, device="cuda", dtype="float32", compile=on) for on in (True, False)]
+    for worker in workers:
+        worker.warm_up()
+    assert [line for line in told if "the denoiser is compiled" in line], told
+    for count in (1, 3, 2):
+        found, expected = (draw(worker, count).astype(int) for worker in workers)
+        assert np.abs(found - expected).max() <= 4
