@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backend.config import EngineConfig
-from backend.devices import resolved
-from backend.generation.capacity import share
-from backend.ranks.group import RankGroup, environment
 from measuring.floors import Ceiling, cache_seconds, ceiling, step_seconds
 from measuring.report import Report
 from measuring.shapes import Shape, make_shape
+from measuring.start import BESIDE, LIMIT, config_of, started
 
-WORKER = "measuring.step_worker:StepWorker"
-LIMIT = 900.0
-"""Seconds for one question to the ranks."""
 LINES = 15
-BESIDE = 32
-"""Sequences that decode beside a prefill."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -152,39 +142,40 @@ class Steps:
     def _decode(self, way: str) -> dict[str, tuple[Any, float]]:
         changes = {"temperature": 0.8, "top_p": 0.9} if way == "sampled" else {}
         self._head(f"Decode, context {self._options.context}, {changes or 'greedy'}")
-        found = {}
+        found: dict[str, tuple[Any, float]] = {}
         for batch in self._batches:
             needed = batch * ((self._options.context + self._options.steps) // self._config.block_size + 3)
             if needed > self._play.num_blocks:
                 print(f"batch {batch}: does not fit into {self._play.num_blocks} KV blocks")
                 continue
             name, case = f"{way} {batch}", self._case("decode", batch, self._options.steps, **changes)
-            found[name] = case, self._clocked(name, case, batch)
+            self._clocked(name, case, batch, found)
         return found
 
     def _prefill(self) -> dict[str, tuple[Any, float]]:
         self._head(f"Prefill, steps of {self._config.step_tokens} tokens, prompts of {self._options.prompt}")
-        found = {}
+        found: dict[str, tuple[Any, float]] = {}
         for running in (0, BESIDE):
             name = f"prefill beside {running}" if running else "prefill"
             case = self._case("prefill", running, min(8, self._options.steps))
-            found[name] = case, self._clocked(name, case, self._config.step_tokens)
+            self._clocked(name, case, self._config.step_tokens, found)
         return found
 
     def _head(self, title: str) -> None:
         self._report.head(title, "what", "ms", "p99 ms", "host ms", "tok/s", "floor ms", "of floor")
 
-    def _clocked(self, name: str, case: Any, tokens: int) -> float:
-        """Seconds of a step."""
-        timed = self._asked("measure", case)[0]
+    def _clocked(self, name: str, case: Any, tokens: int, found: dict[str, tuple[Any, float]]) -> None:
+        """Print a case; into `found` goes its seconds a step."""
+        if not (answers := self._report.attempt(name, lambda: self._asked("measure", case))):
+            return
+        timed = answers[0]
         floor = self._floor(timed)
         self._report.row({
             "what": name, "ms": 1e3 * timed.seconds, "p99 ms": 1e3 * timed.slowest, "host ms": 1e3 * timed.host,
             "tok/s": tokens / timed.seconds, "floor ms": 1e3 * floor if floor else None,
             "of floor": floor / timed.seconds if floor else None,
         })  # fmt: skip
-        seconds: float = timed.seconds
-        return seconds
+        found[name] = case, timed.seconds
 
     def _floor(self, timed: Any) -> float | None:
         if self._limit is None:
@@ -229,54 +220,3 @@ class Steps:
 def _short(name: str, width: int = 90) -> str:
     plain = name.replace("|", "/").removeprefix("void ")
     return plain if len(plain) <= width else plain[: width - 30] + "…" + plain[-29:]
-
-
-def config_of(options: argparse.Namespace, folder: str, batches: list[int]) -> EngineConfig:
-    """As the engine would have it, for the largest batch."""
-    given = {
-        "model": folder, "tensor_parallel": str(options.tensor_parallel), "dtype": options.dtype,
-        "device": options.device, "max_sequences": str(max(*batches, BESIDE + 2 if "prefill" in options.parts else 1)),
-    }  # fmt: skip
-    return resolved(EngineConfig.from_parameters({**given, **dict(pair.split("=", 1) for pair in options.set)}))
-
-
-def started(config: EngineConfig) -> tuple[Any, int]:
-    """Ranks that have loaded, allocated and warmed up, each told with its seconds; and the number of KV blocks."""
-    clock = _Clock()
-    ranks = clock.told("load", lambda: _loaded(config))
-    capacities = clock.told("capacity", lambda: ranks.call("capacity", timeout=LIMIT))
-    blocks, longest = share(config, capacities)
-    clock.told("allocate", lambda: ranks.call("allocate", blocks, longest, timeout=LIMIT))
-    clock.told("warm-up and graphs", lambda: ranks.call("warm_up", timeout=LIMIT))
-    print(f"start-up: {clock}; {blocks} KV blocks, sequences up to {longest} tokens", flush=True)
-    return ranks, blocks
-
-
-def _loaded(config: EngineConfig) -> Any:
-    if config.tensor_parallel == 1:
-        os.environ.update(environment(config, 0))
-        import torch
-
-        from measuring.step_worker import Alone
-
-        torch.set_num_threads(config.threads)
-        return Alone(config, lambda line: None)
-    group = RankGroup(config, WORKER, report=lambda line: None)
-    group.start()
-    return group
-
-
-class _Clock:
-    """Names and seconds."""
-
-    def __init__(self) -> None:
-        self._told: list[str] = []
-
-    def told(self, name: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        result = work()
-        self._told.append(f"{name} {time.perf_counter() - start:.1f} s")
-        return result
-
-    def __str__(self) -> str:
-        return ", ".join(self._told)
