@@ -7,6 +7,7 @@ queue, where its limits and deadlines hold.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -30,8 +31,10 @@ IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
 DEPTH = 2
 """Micro-batches that the ranks have at once: one that is computed, one that waits for it."""
-STEP_TOKENS = {"cuda": 16384, "cpu": 1024}
-"""Token budget of a micro-batch, unless configured."""
+STEP_TOKENS = {"cuda": 16384, "cpu": 512}
+"""Token budget of a micro-batch, unless configured. On a CPU what the layers make of it should stay in its caches."""
+TOKENISING = 8
+"""Cores that one model's tokeniser uses at most."""
 CLOSING = 5.0
 """Seconds for a micro-batch under way to come to its end before the ranks are killed."""
 UNLOADED = "is being unloaded"
@@ -41,6 +44,7 @@ class Service:
     """Serves one task. `start`, then `serve` from any thread, then `close`."""
 
     def __init__(self, name: str, config: EngineConfig, report: Report = print) -> None:
+        _tokenise_in_parallel()
         folder = resolve(config.model, root())
         machine = resolved(config)
         tokens = config.step_tokens or STEP_TOKENS[machine.device]
@@ -254,6 +258,12 @@ class Service:
         for batch in sent:
             _fail(batch, error)
         _fail(self._pool.clear(), error)
+
+
+def _tokenise_in_parallel() -> None:
+    """One core tokenises less than a GPU computes. The launcher has said no, on behalf of what forks; this does not."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.environ.setdefault("RAYON_NUM_THREADS", str(min(TOKENISING, len(os.sched_getaffinity(0)))))
 
 
 def _fail(batch: Batch, error: Exception) -> None:

@@ -17,6 +17,9 @@ from backend.generation.tokenizer import Tokenizer
 from backend.model_folder import Checkpoint
 from backend.tasks.task import Array
 
+PADDED = {"cuda": 2}
+"""How many times the token budget a micro-batch may have with padding; 1 elsewhere, where padding is computed."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -114,15 +117,24 @@ class TextTask:
         return Piece(ids, types, options or {}, notes)
 
     def cut(self, pieces: Sequence[Piece]) -> list[list[int]]:
-        """By length, longest first, so that little is padded; padded size within the token budget, or one sequence."""
+        """By length, longest first, so that little is padded; each within the token budget, or one sequence."""
         order = sorted(range(len(pieces)), key=lambda index: -len(pieces[index].ids))
         batches: list[list[int]] = []
+        longest = tokens = 0
         for index in order:
-            if batches and len(pieces[batches[-1][0]].ids) * (len(batches[-1]) + 1) <= self.config.step_tokens:
+            own = len(pieces[index].ids)
+            if batches and self._fits(tokens + own, longest * (len(batches[-1]) + 1)):
                 batches[-1].append(index)
+                tokens += own
             else:
                 batches.append([index])
+                longest = tokens = own
         return batches
+
+    def _fits(self, tokens: int, padded: int) -> bool:
+        """On a GPU layers are packed where they can be; padding then costs memory around them, for a moment."""
+        budget = self.config.step_tokens
+        return tokens <= budget and padded <= PADDED.get(self.config.device, 1) * budget
 
     def batch(self, pieces: Sequence[Piece]) -> Texts:
         return Texts.of(pieces)

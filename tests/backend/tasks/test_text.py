@@ -51,6 +51,14 @@ def test_micro_batches_hold_every_piece_once_within_the_budget(folders, seed):
     assert firsts == sorted(firsts, reverse=True)
 
 
+def test_what_is_packed_may_hold_padding_but_not_without_end(folders):
+    pieces = [piece(64), *(piece(1) for _ in range(100))]
+    padded, packed = (plain(folders["bert"], step_tokens=320, device=device) for device in ("cpu", "cuda"))
+    assert [len(places) for places in padded.cut(pieces)] == [5, 96]
+    assert [len(places) for places in packed.cut(pieces)] == [10, 91]
+    assert [len(places) for places in packed.cut([piece(40)] * 20)] == [8, 8, 4]
+
+
 def test_a_micro_batch_lies_end_to_end():
     batch = Texts.of([piece(3), piece(1)])
     assert (batch.input_ids.tolist(), batch.lengths.tolist()) == ([0, 1, 2, 0], [3, 1])
