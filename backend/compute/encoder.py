@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backend.checkpoint import Checkpoint, resolve
 from backend.compute.decoder import dtype_of
-from backend.compute.encoder_graphs import Capture, agree
+from backend.compute.encoder_graphs import Capture, agree, usual
 from backend.compute.encoder_inputs import Inputs
 from backend.compute.load_encoder import load_encoder
 from backend.compute.packed_attention import packable
@@ -111,13 +111,16 @@ class Encoder:
         tables = [module for name, module in named if name.endswith("token_type_embeddings")]
         return int(tables[0].weight.shape[0]) if tables else 0
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
-        """The largest micro-batches, from longest texts to short ones, and one short text; graphs of them are kept."""
-        most = self._most
-        self._warm(most, max(1, self._config.step_tokens // most))
-        for length in (length for length in (256, 128, 64, 16) if length < most):
-            self._warm(length, max(1, self._config.step_tokens // length))
-        self._warm(min(16, most), 1)
+        """The largest micro-batches, of longest texts and of short ones, and the usual ones' graphs."""
+        most, tokens = self._most, self._config.step_tokens
+        for length in {most: None, min(64, most): None, min(16, most): None}:
+            self._warm(length, max(1, tokens // length))
+        if self._packing and self._packing.graphs:
+            buckets = usual(tokens, most)
+            self._progress(f"capturing {len(buckets)} CUDA graphs of the layers")
+            self._packing.graphs.prepare(buckets)
 
     def _warm(self, length: int, count: int) -> None:
         ids = np.full(length, 1, np.int32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backend.compute.packed_attention import Spread
 
-MOST = 96
+MOST = 256
 """Graphs that are kept."""
 SEEN = 512
 """Buckets met once that are remembered."""
@@ -80,6 +80,20 @@ def _stepped(value: int) -> int:
     return -(-value // step) * step
 
 
+def usual(most: int, longest: int) -> list[Bucket]:
+    """Buckets that full micro-batches of `most` tokens, padding included, fall into, and some of single texts.
+
+    Sorted by length and cut, a micro-batch of texts of up to n tokens has most / n to twice as many of them. The
+    largest come first, so that the others find room in their memory.
+    """
+    step, most = _stepped(most) // (2 * _STEPS), _stepped(most)
+    sizes = range(most, most // 2, -max(_TOKENS, step))
+    bounds = [each for each in (128, 256, 512) if each < 2 * longest]
+    kinds = [(bound, 2 * most // bound) for bound in bounds] + [(_LONGEST, 4 * most // _LONGEST)]
+    full = [Bucket(size, bound, _doubled(count, _SEQUENCES)) for size in sizes for bound, count in kinds]
+    return [*dict.fromkeys(full + [Bucket.of(np.array([size])) for size in (512, 384, 256, 128) if size <= longest])]
+
+
 class StackGraphs:
     """Graphs of one stack. The first micro-batch of a bucket is left to the caller, the second one captured.
 
@@ -125,6 +139,15 @@ class StackGraphs:
             self._graphs.move_to_end(bucket)
             replay()
         return values[0]
+
+    def prepare(self, buckets: Iterable[Bucket]) -> None:
+        """Capture these; a micro-batch must have been run before."""
+        for bucket in buckets:
+            if bucket in self._graphs or bucket.tokens > self._most or self.failed or not self._values:
+                continue
+            starts = bucket.starts(np.array([min(bucket.longest, bucket.tokens)]))
+            self._starts[: len(starts)].copy_(torch.from_numpy(starts))
+            self._add(bucket, [value[:, : bucket.tokens] for value in self._values])
 
     def _fits(self, bucket: Bucket, calls: list[Any]) -> bool:
         """Whether a graph would compute these calls; one holds what they hold beside values."""
@@ -181,7 +204,7 @@ class Capture:
         """The graph's replay; RuntimeError where the memory for graphs is used up."""
         if self._bytes > MEMORY:
             raise RuntimeError(f"those there take {self._bytes >> 20} MiB")
-        before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+        before, graph = _free(), torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with _no_collection(), torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -189,8 +212,13 @@ class Capture:
                 compute()
             finally:
                 graph.capture_end()
-        self._bytes += torch.cuda.memory_reserved() - before
+        self._bytes += max(0, before - _free())
         return graph.replay
+
+
+def _free() -> int:
+    """Bytes of the device's memory, as the driver sees it: it keeps the graphs themselves."""
+    return torch.cuda.mem_get_info()[0]
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Layers:
         run: Callable[[list[Call], list[Tensor]], Tensor],
     ) -> None:
         self._layers, self._slotted, self._run = stack(model), slotted, run
+        self._plain: dict[Any, Call] = {}
         self._forwards = [layer.forward for layer in self._layers]
         names = [*inspect.signature(self._forwards[0]).parameters]
         self._first, self._mask = names[0], names.index("attention_mask") if "attention_mask" in names else len(names)
@@ -99,6 +100,15 @@ class Layers:
         return self._run(calls, values)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The same object each time where there is nothing but hidden states and flags, as in most models."""
+        if not all(each is None or each is True or each is False for each in (*args[1:], *kwargs.values())):
+            return self._made(args, kwargs)
+        key = (len(args), *args[1:], *kwargs.items())
+        if (known := self._plain.get(key)) is None:
+            known = self._plain[key] = self._made(args, kwargs)
+        return known
+
+    def _made(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if self._mask < len(args):
             args = (*args[: self._mask], Given.SPREAD, *args[self._mask + 1 :])
         else:

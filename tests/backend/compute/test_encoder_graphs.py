@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backend.compute import encoder_graphs
-from backend.compute.encoder_graphs import Bucket, StackGraphs, agree
+from backend.compute.encoder_graphs import Bucket, StackGraphs, agree, usual
 
 
 def lengths_of(seed, most=512):
@@ -36,6 +36,17 @@ def test_few_buckets():
     """As many as can be captured in a second or two, for all that a service may cut."""
     found = {Bucket.of(np.array([length] * count)) for length in range(1, 513) for count in (1, 8, 16384 // length)}
     assert len({bucket.tokens for bucket in found}) < 60 and {bucket.longest for bucket in found} == {128, 256, 512}
+
+
+@pytest.mark.parametrize("most", [512, 2048, 16384])
+def test_what_full_micro_batches_usually_fall_into(most):
+    found = usual(most, 512)
+    assert len(found) == len({*found}) <= 40 and found[0].tokens == most
+    for length in (50, 70, 100, 200, 300, 500):
+        lengths = np.full(most // length, length)
+        assert Bucket.of(lengths) in found, length
+    assert Bucket.of(np.array([20])) in usual(most, 128)
+    assert max(bucket.longest for bucket in usual(most, 64)) == 128
 
 
 class Doubling:
@@ -72,6 +83,16 @@ def test_the_second_of_a_bucket_is_captured():
     assert stack.run([7, 7], 2) == [132.0] and stack.captured == 1  # the same bucket
     assert stack.run([14], 3) == [134.0] and stack.captured == 1
     assert stack.run([200], 3) is None
+
+
+def test_what_is_prepared_is_there_at_its_first_use():
+    stack = Doubling()
+    bucket = Bucket.of(np.array([100, 100]))
+    stack.graphs.prepare([bucket])
+    assert stack.captured == 0  # nothing is known of the values yet
+    stack.run([5], 1), stack.run([5], 1)
+    stack.graphs.prepare([bucket, bucket, Bucket(4096, 128, 64)])
+    assert stack.captured == 2 and stack.run([100, 100], 4) == [8 + 128.0] and stack.captured == 2
 
 
 def test_other_calls_and_larger_batches_are_left_to_the_caller():
