@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from client.errors import ServerError
 from client.pipeline import Answer, AsyncPipeline, Call, Pipeline
-from client.rows import block, cut, is_many, texts
+from client.rows import block, cut, is_many, order, texts
 from client.values import table, tensors
 
 OPTIONS = table(
@@ -53,14 +53,17 @@ def questions(text: str | list[str], *, timeout: float | None = None, **options:
     """The task: one row a text."""
     many = is_many(text)
     given: Any = text if many else [text]
-    asked = cut({"text": texts(given, "text")}, tensors(OPTIONS, options))
+    columns = {"text": texts(given, "text")}
+    sent = order(columns)
+    asked = cut(columns, tensors(OPTIONS, options), sent)
 
     def result(answers: list[Answer]) -> NDArray[np.float32]:
         pairs = zip(asked, answers, strict=True)
         vectors = [block(question, answer, ["embedding"])["embedding"] for question, answer in pairs]
         if len({array.shape[1:] for array in vectors}) > 1:
             raise ServerError("the server's vectors differ in length; was the model replaced meanwhile?")
-        found = np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)  # [texts, dimensions]
+        came = np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)  # [texts, dimensions]
+        found = came[np.argsort(sent)] if len(vectors) > 1 else came
         return found if many else found[0]
 
     return Call(asked, result)

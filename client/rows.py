@@ -43,21 +43,35 @@ def is_many(given: Any) -> bool:
     return isinstance(given, list | np.ndarray)
 
 
-def cut(columns: Columns, options: Tensors) -> list[Tensors]:
-    """Requests of at most MOST rows; each option holds for every row."""
+def order(columns: Columns) -> list[int]:
+    """The rows as they are sent: where one request does not hold them, the longest first.
+
+    Rows of a length then share requests: the server pads little, and a request is answered as soon as it is computed
+    instead of waiting for the others.
+    """
     count = len(next(iter(columns.values())))
-    return [_request(columns, options, slice(start, start + MOST)) for start in range(0, count, MOST)]
+    if count <= MOST:
+        return [*range(count)]
+    sizes = [sum(len(value) for column in columns.values() for value in column[row]) for row in range(count)]
+    return sorted(range(count), key=lambda row: -sizes[row])
+
+
+def cut(columns: Columns, options: Tensors, order: Sequence[int]) -> list[Tensors]:
+    """Requests of at most MOST rows in this order; each option holds for every row."""
+    return [_request(columns, options, order[start : start + MOST]) for start in range(0, len(order), MOST)]
 
 
 def call(
     columns: Columns, options: Tensors, read: Callable[[Row], Result], outputs: Sequence[str], many: bool
 ) -> Call[Any]:
-    """A result for each row, in order; without `many` the only one."""
-    questions = cut(columns, options)
+    """A result for each row, in the rows' own order; without `many` the only one."""
+    sent = order(columns)
+    questions = cut(columns, options, sent)
 
     def result(answers: list[Answer]) -> list[Result] | Result:
-        found = [read(row) for question, answer in zip(questions, answers, strict=True)
-                 for row in _rows(block(question, answer, outputs))]  # fmt: skip
+        came = [row for question, answer in zip(questions, answers, strict=True)
+                for row in _rows(block(question, answer, outputs))]  # fmt: skip
+        found = [read(came[at]) for at in np.argsort(sent)]
         return found if many else found[0]
 
     return Call(questions, result)
@@ -76,8 +90,8 @@ def block(question: Tensors, answer: Answer, outputs: Sequence[str]) -> dict[str
     return {name: answer[0][name] for name in outputs}
 
 
-def _request(columns: Columns, options: Tensors, rows: slice) -> Tensors:
-    chosen: dict[str, Array] = {name: _bytes(column[rows]) for name, column in columns.items()}
+def _request(columns: Columns, options: Tensors, rows: Sequence[int]) -> Tensors:
+    chosen: dict[str, Array] = {name: _bytes([column[row] for row in rows]) for name, column in columns.items()}
     count = len(next(iter(chosen.values())))
     return chosen | {name: np.repeat(value, count, axis=0) for name, value in options.items()}
 

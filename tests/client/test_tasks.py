@@ -78,6 +78,14 @@ def test_long_lists_are_cut_and_joined_in_order(server, ask, count, concurrency)
     assert all(shapes["dimensions"][1] == shapes["text"][1] for shapes in asked(server))
 
 
+def test_long_lists_are_sent_by_length_and_come_back_in_order(server, ask):
+    texts = ["x" * (1 + at * 37 % (2 * MOST)) + f" {at}" for at in range(2 * MOST)]
+    assert [found[0].label for found in ask("classify", texts)] == texts
+    ends = [{len(text) for (text,) in received.inputs["text"].tolist()} for received in server.requests]
+    first, last = sorted(ends, key=max)
+    assert max(first) <= min(last) + 1
+
+
 def test_empty_lists_ask_nothing(server, ask):
     assert ask("embed", []).shape == (0, 0)
     for task in ("classify", "token_classification", "fill_mask"):
