@@ -45,8 +45,8 @@ class EngineConfig:
     """Sequences that may wait; one more is refused (Overloaded)."""
     prefix_cache: bool = True
     """Whether requests find each other's KV blocks of a common prefix."""
-    run_ahead: bool = True
-    """Whether step N+1 is sent before step N's tokens have come back."""
+    run_ahead: int = 1
+    """Steps that are sent before the tokens of the oldest of them have come back, beyond that one."""
     cuda_graphs: bool = True
     compile: bool = True
     """Whether image models are compiled on CUDA as they load: a minute or two the first time, seconds once cached."""

@@ -175,7 +175,7 @@ class Engine:
         self._group.close()
 
     def _serve(self) -> None:
-        depth = 1 if self.config.run_ahead else 0
+        depth = self.config.run_ahead
         while not self._closing.is_set():
             self._drain(wait=not self._sent and self._scheduler.idle)
             self._expire()

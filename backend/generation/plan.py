@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
-from operator import attrgetter
-from typing import TYPE_CHECKING
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,9 @@ class Sampling:
     counters: Longs  # [R], index of the token in its completion: with the seed, the random number's whole state
     blocked: Longs  # [K, 2], (row, token id) pairs that must not be chosen: ends before min_tokens
     logprobs: bool  # whether any row asks for the log-probability of its token
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sampling, _sampling_fields(self)  # dataclasses would look their fields up anew for each step
 
     @property
     def greedy(self) -> bool:
@@ -81,6 +84,9 @@ class Plan:
     sampling: Sampling
     histories: tuple[History, ...] = ()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Plan, _plan_fields(self)
+
     @property
     def decode(self) -> bool:
         """Whether every chunk is one token and samples: the shape that CUDA graphs are captured for."""
@@ -94,6 +100,13 @@ class Sampled:
     token_ids: Ints  # [R]
     logprobs: Floats | None  # [R], natural logarithm, before temperature and penalties; only if asked for
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sampled, (self.token_ids, self.logprobs)
+
+
+_plan_fields = attrgetter(*(field.name for field in fields(Plan)))
+_sampling_fields = attrgetter(*(field.name for field in fields(Sampling)))
+
 
 def pack(chunks: list[Chunk], block_size: int) -> Plan:
     """Lay one step out as arrays.
@@ -104,7 +117,7 @@ def pack(chunks: list[Chunk], block_size: int) -> Plan:
     kv_lengths = starts + lengths
     query_starts = np.zeros(len(chunks) + 1, np.int32)
     np.cumsum(lengths, dtype=np.int32, out=query_starts[1:])
-    chunk_of = np.repeat(np.arange(len(chunks)), lengths)  # [T]
+    chunk_of = np.arange(len(chunks)).repeat(lengths)  # [T]
     positions = np.arange(query_starts[-1], dtype=np.int32) + (starts - query_starts[:-1])[chunk_of]
     tables = _block_tables(chunks, -(-kv_lengths // block_size))
     blocks = tables[chunk_of, positions // block_size].astype(np.int64)  # [T]
@@ -128,9 +141,26 @@ _UNKNOWN = array("i", [LAST_TOKEN])  # a token in flight is always a chunk of it
 _floats_of = attrgetter("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 
 
+_last: tuple[list[SamplingParams], Sampling] | None = None
+
+
 def _sampling(chunks: list[Chunk]) -> Sampling:
+    """Mostly the same sequences sample as in the step before, one token later."""
+    global _last
     params = [chunk.seq.params for chunk in chunks]
+    if (known := _last) is None or not _same(known[0], params):
+        _last = known = params, _columns(params)
     counters = [chunk.start + chunk.length - chunk.seq.prompt_length for chunk in chunks]
+    return replace(known[1], counters=np.array(counters, np.int64), blocked=_blocked(params, counters))
+
+
+def _same(before: list[SamplingParams], now: list[SamplingParams]) -> bool:
+    """Whether these are the same objects, in the same order."""
+    return len(before) == len(now) and all(map(is_, before, now))
+
+
+def _columns(params: list[SamplingParams]) -> Sampling:
+    """What does not change from token to token."""
     flat = np.fromiter(chain.from_iterable(map(_floats_of, params)), np.float32, 6 * len(params))
     temperature, top_p, min_p, repetition, frequency, presence = np.ascontiguousarray(flat.reshape(-1, 6).T)
     return Sampling(
@@ -142,14 +172,17 @@ def _sampling(chunks: list[Chunk]) -> Sampling:
         frequency_penalty=frequency,
         presence_penalty=presence,
         seeds=np.array([p.seed for p in params], np.uint64).view(np.int64),
-        counters=np.array(counters, np.int64),
-        blocked=_blocked(params, counters),
+        counters=_NONE,
+        blocked=_NONE,
         logprobs=any(p.logprobs for p in params),
     )
 
 
+_NONE = np.zeros(0, np.int64)
+
+
 def _blocked(params: list[SamplingParams], counters: list[int]) -> Longs:
-    early = [(row, p) for row, (p, counter) in enumerate(zip(params, counters, strict=True)) if counter < p.min_tokens]
+    early = [(row, p) for row, p in enumerate(params) if counters[row] < p.min_tokens]
     pairs = [(row, token_id) for row, p in early for token_id in sorted(p.stop_token_ids)]
     return np.array(pairs, np.int64).reshape(-1, 2)
 
@@ -157,7 +190,8 @@ def _blocked(params: list[SamplingParams], counters: list[int]) -> Longs:
 def _block_tables(chunks: list[Chunk], counts: Ints) -> Ints:
     """Lay out each chunk's first `counts` blocks, 0 past the end."""
     tables = np.zeros((len(chunks), counts.max(initial=0)), np.int32)
-    blocks = _joined(chunk.blocks[:count] for chunk, count in zip(chunks, counts.tolist(), strict=True))
+    pairs = zip([chunk.blocks for chunk in chunks], counts.tolist(), strict=True)
+    blocks = _joined([held if len(held) == count else held[:count] for held, count in pairs])
     tables[np.arange(tables.shape[1]) < counts[:, None]] = blocks
     return tables
 

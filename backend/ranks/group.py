@@ -7,6 +7,8 @@ the rank's own LoadError) and the owner closes the group and starts another.
 from __future__ import annotations
 
 import os
+import pickle
+import select
 import shutil
 import signal
 import socket
@@ -16,14 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 from backend import errors
 from backend.config import EngineConfig
 from backend.errors import EngineDown, LoadError, ServingError
 from backend.interpreter import python
-from backend.ranks.rank import Birth
+from backend.ranks.rank import Birth, packed
 
 Report = Callable[[str], None]
 
@@ -73,9 +75,10 @@ class RankGroup:
 
     def send(self, method: str, *arguments: Any) -> None:
         """Ask every rank without waiting; `receive` gives the answers in the order of the questions."""
+        question = packed(method, arguments)
         for member in self._members:
             try:
-                member.connection.send((method, arguments))
+                member.connection.send_bytes(question)
             except BlockingIOError:
                 raise EngineDown(
                     f"rank {member.rank} has taken no question for {self._config.step_timeout:g} s"
@@ -87,21 +90,19 @@ class RankGroup:
         """Every rank's answer to the oldest question not yet received, seconds allowed for all of them."""
         deadline = time.monotonic() + timeout
         answers: dict[int, Any] = {}
-        waiting = {member.connection: member for member in self._members}
+        waiting = self._members
         while waiting:
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            ready = _ready(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
-                late = sorted(member.rank for member in waiting.values())
-                raise EngineDown(f"rank {late[0]} has not answered for {timeout:g} s")
-            for connection in ready:
-                member = waiting[connection]  # type: ignore[index]  # wait() is typed wider than what it is given
-                if self._take(member, answers):
-                    del waiting[connection]  # type: ignore[arg-type]
+                raise EngineDown(f"rank {waiting[0].rank} has not answered for {timeout:g} s")
+            for member in ready:
+                self._take(member, answers)
+            waiting = [member for member in waiting if member.rank not in answers]
         return [answers[member.rank] for member in self._members]
 
     def answering(self, seconds: float) -> bool:
         """Whether a rank has something to say, or has ended, within `seconds`."""
-        return bool(wait([member.connection for member in self._members], seconds))
+        return bool(_ready(self._members, seconds))
 
     def check(self) -> None:
         """Raise EngineDown if a rank has ended."""
@@ -139,13 +140,14 @@ class RankGroup:
             )
         connection = Connection(ours.detach())
         world = self._config.tensor_parallel
-        connection.send(Birth(self._worker, self._config, rank, world, self._folder, os.getpid(), self._task))
+        birth = Birth(self._worker, self._config, rank, world, self._folder, os.getpid(), self._task)
+        connection.send_bytes(packed(birth))
         return _Member(rank, process, connection)
 
-    def _take(self, member: _Member, answers: dict[int, Any]) -> bool:
-        """Read one message; whether it was the answer."""
+    def _take(self, member: _Member, answers: dict[int, Any]) -> None:
+        """Read one message; into `answers` if it is the answer."""
         try:
-            kind, value = member.connection.recv()
+            kind, value = pickle.loads(member.connection.recv_bytes())  # noqa: S301 (from our own child)
         except (EOFError, OSError):
             raise _died(member) from None
         if kind == "progress":
@@ -154,7 +156,18 @@ class RankGroup:
             raise _raised(member.rank, *value)
         else:
             answers[member.rank] = value
-        return bool(kind == "ok")
+
+
+def _ready(members: list[_Member], seconds: float) -> list[_Member]:
+    """Those that have something to say, or have ended, within `seconds`.
+
+    Twice a step: multiprocessing.connection.wait would cost more than all else that is done for one sequence.
+    """
+    poll = select.poll()
+    by_descriptor = {member.connection.fileno(): member for member in members}
+    for descriptor in by_descriptor:
+        poll.register(descriptor, select.POLLIN)
+    return [by_descriptor[descriptor] for descriptor, _ in poll.poll(seconds * 1e3)]
 
 
 def environment(config: EngineConfig, rank: int) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -59,7 +60,7 @@ class Rank:
         """Answer until the parent closes its end."""
         self._send("ok", None)
         while True:
-            method, arguments = self._connection.recv()
+            method, arguments = pickle.loads(self._connection.recv_bytes())  # noqa: S301 (from our parent)
             kind, answer = attempt(lambda: getattr(self._worker, method)(*arguments))  # noqa: B023 (called at once)
             if kind == "ok" and callable(answer):
                 self._defer(partial(attempt, answer))
@@ -81,8 +82,14 @@ class Rank:
         self._send("progress", text)
 
     def _send(self, kind: str, value: Any) -> None:
+        message = packed(kind, value)
         with self._lock:
-            self._connection.send((kind, value))
+            self._connection.send_bytes(message)
+
+
+def packed(*parts: Any) -> bytes:
+    """A message: one part alone, or all of them; protocol 5 copies arrays once."""
+    return pickle.dumps(parts if len(parts) > 1 else parts[0], protocol=5)
 
 
 def attempt(question: Callable[[], Any]) -> tuple[str, Any]:
@@ -109,12 +116,12 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole foreground group; the parent decides
     try:
-        birth = connection.recv()
+        birth = pickle.loads(connection.recv_bytes())  # noqa: S301 (from our parent)
         die_with(birth.parent)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print there
         kind, rank = attempt(lambda: Rank(connection, birth))
         if kind == "error":
-            connection.send((kind, rank))
+            connection.send_bytes(packed(kind, rank))
         else:
             rank.run()
     except (EOFError, BrokenPipeError, ConnectionResetError):

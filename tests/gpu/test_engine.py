@@ -56,7 +56,13 @@ def generate(engine, prompts):
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize(
     "parameters",
-    [{}, {"cuda_graphs": "false"}, {"run_ahead": "false"}, {"num_blocks": "33", "max_model_len": "500"}],
+    [
+        {},
+        {"cuda_graphs": "false"},
+        {"run_ahead": "0"},
+        {"run_ahead": "2"},
+        {"num_blocks": "33", "max_model_len": "500"},
+    ],
     ids=lambda parameters: "-".join(parameters) or "default",
 )
 def test_tokens_equal_transformers(folder, prompts, wanted, world, parameters):

@@ -321,7 +321,7 @@ def test_with_preemption(smollm2: Path, greedy: list[Want], drawn: list[str]) ->
 
 
 def test_without_prefix_cache_and_run_ahead(smollm2: Path, greedy: list[Want]) -> None:
-    with running(smollm2, prefix_cache=False, run_ahead=False) as engine:
+    with running(smollm2, prefix_cache=False, run_ahead=0) as engine:
         assert_equal(together(engine, rows()), greedy)
         assert_equal(together(engine, rows()[3:], odd=True), greedy[3:])
         assert engine.prefix_hits == 0
