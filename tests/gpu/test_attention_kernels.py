@@ -25,6 +25,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = (
     [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
 )
+from backend.compute.attention import decode as decoding  # noqa: E402
 from backend.compute.attention import kernels  # noqa: E402
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
@@ -135,10 +136,27 @@ def test_groups(chunks: list[tuple[int, int]], heads: int, kv_heads: int) -> Non
 @pytest.mark.parametrize("rule", range(5), ids=["plain", "window", "cap", "sinks", "all"])
 def test_long_context_is_split(dtype: torch.dtype, rule: int) -> None:
     made = Fixture(LONG, dtype, 128, 4, 1, seed=rule)
-    step = Step.from_plan(made.plan, DEVICE, made.cache)
-    assert kernels._splits(step, 1, 0) > 1
+    assert decoding.processors(torch.device(DEVICE)) * decoding.SHAPE.per_processor > 2 * len(LONG)
     made.check(made.rules()[rule])
     made.check(Rule(0.1, window=1000))
+
+
+@pytest.mark.parametrize(
+    ("processors", "heads", "kv_heads", "sinks"),
+    [(1, 6, 2, True), (2, 5, 1, False), (3, 3, 3, True), (7, 6, 2, False), (20, 6, 2, True)],
+)
+def test_however_many_programs_share_the_work(
+    processors: int, heads: int, kv_heads: int, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stretches that begin and end anywhere in a pair; the arrivals are 0 again for the next layer."""
+    monkeypatch.setattr(decoding, "processors", lambda _: processors)
+    for chunks in (DECODE, [*SHORT[:4], (1, 300)]):
+        made = Fixture(chunks, torch.float32, 64, heads, kv_heads, seed=processors)
+        for window in (0, 90):
+            made.check(Rule(0.125, window, sinks=made.sinks if sinks else None))
+        step = Step.from_plan(made.plan, DEVICE, made.cache)
+        kernels.attend(*made.inputs, 0, step, Rule(0.125))
+        assert not step.once(("arrivals", kv_heads), lambda: torch.ones(1)).any()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="long")
@@ -178,22 +196,21 @@ def test_rubbish_of_earlier_owners_is_not_read() -> None:
         torch.testing.assert_close(kernels.attend(*made.inputs, 0, step, Rule(0.1)), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [13, 300])
+@pytest.mark.parametrize("processors", [1, 5, 40])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_padded_static_step(width: int, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows without a sequence give finite output and write to scratch alone, one program a row or split."""
-    monkeypatch.setattr(kernels, "_processors", lambda _: 132)
+def test_padded_static_step(processors: int, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a sequence give zeros and write to scratch alone."""
+    monkeypatch.setattr(decoding, "processors", lambda _: processors)
     made = Fixture(DECODE, torch.float32, 64, 6, 2)
     rule = Rule(0.125, sinks=made.sinks if sinks else None)
-    step = Step.static(made.cache, 16, width)
-    assert (kernels._splits(step, 2, 0) > 1) == (width == 300)
+    step = Step.static(made.cache, 16, 300)
     step.fill(made.plan)
     before = made.cache.layers[0].clone()
     padded = [torch.cat([x, torch.randn_like(x)], 1) for x in made.inputs]
     result = kernels.attend(*padded, 0, step, rule)
     expected = reference.attend(*made.inputs, 0, Step.from_plan(made.plan, DEVICE, made.exact), rule)
     torch.testing.assert_close(result[:8], expected, rtol=1e-5, atol=1e-5)
-    assert result.isfinite().all()
+    assert not result[8:].any()
     assert torch.equal(made.cache.layers[0][:-1], made.exact.layers[0][:-1])
     assert not torch.equal(made.cache.layers[0], before)
 

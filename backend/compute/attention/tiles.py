@@ -1,0 +1,98 @@
+"""What the decode and the prefill kernel share: reading a tile of the paged context, and the online softmax.
+
+Scores are kept in powers of two: `scale` is the rule's scaling times log2(e).
+"""
+
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+HIDDEN = tl.constexpr(-1e30)
+"""The score of what a row does not see: finite, so that a tile in which it sees nothing makes no NaN (the first score
+that it does see then fades whatever such tiles added to nothing)."""
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compiled anew for other types and alignments, not for other values of what differs from step to step."""
+    return triton.jit(function, do_not_specialize=["table_row", "window", "chunks"])
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The same values with the head's dimension contiguous, as models nearly always have it."""
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def padded(dim: int) -> int:
+    """Powers of two from 16 on, which is what tl.dot takes."""
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+def precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def context(
+    base, table, columns, known, kv_block, kv_slot, kv_value,
+    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [columns, dim] of one kv head; not MASKED: all columns are known."""
+    dims = tl.arange(0, PADDED)
+    if MASKED:
+        block = tl.load(table + columns // BLOCK_SIZE, mask=known, other=0)
+    else:
+        block = tl.load(table + columns // BLOCK_SIZE)
+    where = (block.to(tl.int64) * kv_block + (columns % BLOCK_SIZE) * kv_slot)[:, None] + dims[None, :]
+    if MASKED:
+        mask = known[:, None] & (dims < DIM)[None, :]
+        k = tl.load(base + where, mask=mask, other=0.0)
+        v = tl.load(base + kv_value + where, mask=mask, other=0.0)
+    elif PADDED > DIM:
+        inside = (dims < DIM)[None, :]
+        k = tl.load(base + where, mask=inside, other=0.0)
+        v = tl.load(base + kv_value + where, mask=inside, other=0.0)
+    else:
+        k = tl.load(base + where)
+        v = tl.load(base + kv_value + where)
+    return k, v
+
+
+@triton.jit
+def scored(q, k, scaling, softcap, CAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores [rows, columns]; those under a cap are scaled already."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if CAPPED:  # softcap * tanh(scores * scaling / softcap)
+        scores = softcap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * LOG2E * scaling / softcap))) - 1.0)
+    return scores
+
+
+@triton.jit
+def absorbed(scores, scale, v, top, total, sums, PRECISION: tl.constexpr):
+    """The running maximum, sum of weights and weighted sum of values after a tile more."""
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - higher[:, None])
+    fade = tl.exp2(top - higher)
+    total = total * fade + tl.sum(weights, 1)
+    sums = tl.dot(weights.to(v.dtype), v, sums * fade[:, None], input_precision=PRECISION)
+    return higher, total, sums
+
+
+@triton.jit
+def finished(top, total, sums, sinks, heads, live, SINKS: tl.constexpr):
+    """What the rows give, after their sinks took part."""
+    if SINKS:
+        sink = tl.load(sinks + heads, mask=live, other=0.0).to(tl.float32) * LOG2E
+        higher = tl.maximum(top, sink)
+        fade = tl.exp2(top - higher)
+        sums = sums * fade[:, None]
+        total = total * fade + tl.exp2(sink - higher)
+    return sums / total[:, None]
