@@ -25,7 +25,7 @@ def config_of(options: argparse.Namespace, folder: str, batches: list[int]) -> E
     beside = BESIDE + _prompts(options.prompt) if "prefill" in options.parts else 1
     given = {
         "model": folder, "tensor_parallel": str(options.tensor_parallel), "dtype": options.dtype,
-        "device": options.device, "max_sequences": str(max(batches + [beside])),
+        "device": options.device, "max_sequences": str(max([*batches, beside])),
     }  # fmt: skip
     return resolved(EngineConfig.from_parameters({**given, **dict(pair.split("=", 1) for pair in options.set)}))
 

@@ -1,0 +1,165 @@
+"""Comparison: contenders on the same workloads, round after round, and what is printed and kept of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from measuring.contenders import Engine, Server
+from measuring.figures import Trace, figures
+from measuring.peers import Peer
+from measuring.witness import measured
+from measuring.workloads import Request, Workload
+
+COLUMNS = ("tok/s", "req/s", "met/s", "ttft p50", "ttft p99", "tpot", "itl p50", "itl p99")
+RATES = COLUMNS[:3]
+SHARED = "0.25"
+"""Of the free memory for each one's cache, where contenders share a device."""
+REFERENCES = ("transformers", "continuous")
+
+
+class Contender(Protocol):
+    def run(self, requests: list[Request], clients: int) -> list[Trace]: ...
+    def close(self) -> None: ...
+
+
+def made(name: str, options: argparse.Namespace, alone: bool) -> Contender:
+    """A contender that is ready: server, engine, transformers or continuous, `:key=value` adding parameters."""
+    kind, *changes = name.split(":")
+    given = {**parameters(options, alone), **dict(pair.split("=", 1) for pair in changes)}
+    kinds: dict[str, Callable[[], Contender]] = {
+        "engine": lambda: Engine(given),
+        "server": lambda: Server(given),
+        "transformers": lambda: Peer("generate", given),
+        "continuous": lambda: Peer("continuous", given, 0.0 if alone else float(SHARED)),
+    }
+    if kind not in kinds:
+        raise SystemExit(f"bench: no contender {kind!r}; known: {', '.join(kinds)}, vllm")
+    return kinds[kind]()
+
+
+def parameters(options: argparse.Namespace, alone: bool) -> dict[str, str]:
+    given = {"model": options.model, "tensor_parallel": str(options.tensor_parallel), "dtype": options.dtype}
+    if not alone:
+        given["kv_cache_fraction"] = SHARED
+    return {**given, **dict(pair.split("=", 1) for pair in options.set)}
+
+
+class Comparison:
+    """Rounds of workloads on contenders, and their results."""
+
+    def __init__(self, options: argparse.Namespace, workloads: list[Workload]) -> None:
+        self._options, self._workloads = options, workloads
+        self._names = [name for name in options.contenders.split(",") if name != "vllm" or print_vllm()]
+        self._rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
+        self._memory: dict[str, float] = {}
+        self._chance = random.Random(0)
+
+    def run(self) -> None:
+        """All contenders at a time, in turn in each round; with --in-turn each alone, all its rounds at once."""
+        groups = [[name] for name in self._names] if self._options.in_turn else [self._names]
+        for names in groups:
+            contenders: dict[str, Contender] = {}
+            try:
+                for name in names:
+                    contenders[name] = made(name, self._options, alone=len(names) == 1)
+                for workload in self._workloads:
+                    self._compare(workload, contenders)
+                self._about_server(contenders)
+            finally:
+                for contender in contenders.values():
+                    contender.close()
+        self.table()
+
+    def _compare(self, workload: Workload, contenders: dict[str, Contender]) -> None:
+        for number in range(self._options.rounds + 1):  # the first warms up
+            for name, contender in contenders.items():
+                if name.startswith("transformers") and any(each.at for each in workload.lengths):
+                    continue
+                result = self._round(workload if number else _warming(workload), contender)
+                if number:
+                    self._rounds.setdefault((workload.name, name), []).append(result)
+                    self._record(workload.name, name, result)
+
+    def _round(self, workload: Workload, contender: Contender) -> dict[str, float]:
+        requests = workload.requests(self._chance)
+        traces = contender.run(requests, workload.clients)
+        return figures(traces, [len(each.ids) for each in requests], [each.output for each in requests])
+
+    def _about_server(self, contenders: dict[str, Contender]) -> None:
+        server = contenders.get("server")
+        if isinstance(server, Server):
+            if self._options.witness:
+                self._witnessed(server)
+            with suppress(Exception):  # a process that has just ended
+                self._memory = server.memory()
+
+    def _witnessed(self, server: Server) -> None:
+        for workload in self._workloads:
+            result = measured(server.port, workload)
+            self._record(workload.name, "perf_analyzer", result)
+            shown = ", ".join(f"{name} {value:,.1f}" for name, value in result.items())
+            print(f"perf_analyzer, {workload.name}: {shown} (times in ms)", flush=True)
+
+    def _record(self, workload: str, name: str, result: dict[str, float]) -> None:
+        if self._options.json:
+            about = {
+                "workload": workload, "contender": name, "model": model(self._options),
+                "tp": self._options.tensor_parallel, "dtype": self._options.dtype, "set": self._options.set,
+                "date": time.strftime("%Y-%m-%d"), "versions": versions(),
+            }  # fmt: skip
+            with self._options.json.open("a") as file:
+                file.write(json.dumps({**about, **{key: round(value, 3) for key, value in result.items()}}) + "\n")
+
+    def table(self) -> None:
+        options = self._options
+        about = f"dtype {options.dtype}, tp {options.tensor_parallel}, medians of {options.rounds}"
+        print(f"\n{model(options)}, {about}, {versions()}\n")
+        heads = [column if column in RATES else f"{column} ms" for column in COLUMNS]
+        references = [name for name in self._names if name in REFERENCES or ":" in name]
+        print("| " + " | ".join(["workload", "contender", *heads, *(f"of {name}" for name in references)]) + " |")
+        print("|---" * (2 + len(heads) + len(references)) + "|")
+        for workload, name in self._rounds:
+            cells = [f"{self._median(workload, name, column):.1f}" for column in COLUMNS]
+            ratios = [self._ratio(workload, name, reference) for reference in references]
+            print("| " + " | ".join([workload, name, *cells, *ratios]) + " |")
+        if self._memory:
+            print("\nprivate memory, MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in self._memory.items()))
+
+    def _median(self, workload: str, name: str, column: str) -> float:
+        return statistics.median(result[column] for result in self._rounds[workload, name])
+
+    def _ratio(self, workload: str, name: str, reference: str) -> str:
+        if (workload, reference) not in self._rounds:
+            return ""
+        return f"{self._median(workload, name, 'tok/s') / self._median(workload, reference, 'tok/s'):.2f}"
+
+
+def _warming(workload: Workload) -> Workload:
+    """Enough of it to compile and to allocate what it will need."""
+    return workload.of_size(max(1, len(workload.lengths) // 4, min(len(workload.lengths), 2 * workload.clients)))
+
+
+def print_vllm() -> bool:
+    """VLLM is no part of this project: say so where it was asked for."""
+    print("vllm: not measured here; its own server can be asked with its own bench")
+    return False
+
+
+def model(options: Any) -> str:
+    return str(options.shape or Path(options.model).name)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "deepspeed")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
