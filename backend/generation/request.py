@@ -35,7 +35,7 @@ class Request:
     options: Options
     """The first prompt's; what concerns the answer is the same for all."""
     texts: list[str]
-    """The prompts' own text, by prompt."""
+    """The prompts' own text, by prompt; of prompts that came as ids only if the answer repeats it."""
     tokenizer: Tokenizer
     _whole: dict[int, Delta] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class Request:
         size = sum(len(row.get(name, b"")) for row in rows for name in SOURCES)
         if size > config.max_prompt_bytes:
             raise InvalidInput(f"the request's prompts have {size} bytes, the limit is {config.max_prompt_bytes}")
-        sources = [_source(row, engine.tokenizer) for row in rows]
+        sources = [_source(row, engine.tokenizer, echoed=not options[0].exclude_input) for row in rows]
         prompts = [_prompt(ids, one) for (ids, _), one in zip(sources, options, strict=True)]
         return cls(prompts, options[0], [text for _, text in sources], engine.tokenizer)
 
@@ -117,16 +117,15 @@ def _options(row: Mapping[str, Any], parameters: Mapping[str, Any], defaults: De
     return parse(parameters, row.get("sampling_parameters"), typed, defaults, limits)
 
 
-def _source(row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[array[int], str]:
-    """The prompt's token ids, and its text."""
+def _source(row: Mapping[str, Any], tokenizer: Tokenizer, echoed: bool) -> tuple[array[int], str]:
+    """The prompt's token ids, and its text; for ids, which are many, the text only if it is `echoed`."""
     given = [name for name in SOURCES if name in row]
     if len(given) != 1:
         raise InvalidInput(f"exactly one of {', '.join(SOURCES)} must be given, not {' and '.join(given) or 'none'}")
     value = row[given[0]]
     if given[0] == "input_ids":
-        ids = array("i", value)
-        known = [token for token in ids if 0 <= token < tokenizer.vocab_size]
-        return ids, tokenizer.decode(known)
+        size = tokenizer.vocab_size
+        return array("i", value), tokenizer.decode([id_ for id_ in value if 0 <= id_ < size]) if echoed else ""
     text = decode_text(value, given[0])
     if given[0] == "text_input":
         return array("i", tokenizer.encode(text)), text

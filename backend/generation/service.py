@@ -6,6 +6,7 @@ engine's thread does none of that.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from backend.generation.engine import DECODER, Engine
 from backend.generation.request import Request
 from backend.ranks.group import Report
 
-SENDERS = 2
+SENDERS = 4
+"""A send waits for Triton's answer with the interpreter free for others."""
 TOKENISERS = 4
 RESPONSES = 4000.0
 """Responses a second, over all streams: sends cost 100 to 300 µs each, and share the interpreter with the engine."""
@@ -28,6 +30,8 @@ CANCEL_POLL = 0.1
 CANCEL_COST = 0.002
 """Seconds between two questions to the same caller whether it is still there, and at least between any two: each costs
 about 100 µs, so all together take at most a twentieth of a core."""
+TURN = 0.0005
+"""Seconds that one of these threads may keep the interpreter while the engine's wants it; Python's default is 5 ms."""
 CLOSING = 5.0
 """Seconds for the last answers at the end."""
 
@@ -46,6 +50,7 @@ class Service:
 
     def start(self) -> None:
         """Load, and begin to serve; LoadError with a one-line reason otherwise."""
+        sys.setswitchinterval(TURN)
         self.engine.start()
         for thread in self._threads:
             thread.start()
