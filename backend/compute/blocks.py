@@ -123,7 +123,7 @@ class Block:
         """The (gated) projection of the normed sum of hidden and update; hidden becomes that sum."""
         assert norm is not None
         few = len(hidden) <= self._ops.SMALL
-        if few and update is None:
+        if few and update is None:  # no kernel of its own for the norm
             return self._ops.linear(hidden, weight, bias, None, (norm.weight, norm.eps), activation)
         normed = self._ops.normed(hidden, update, norm.weight, norm.eps)
         if few:
@@ -133,12 +133,16 @@ class Block:
 
     def _out(self, projection: Any, values: Tensor, hidden: Tensor, plain: bool) -> Tensor | None:
         """The projection of all ranks' values, to be added to hidden; None where that is already done."""
+        alone = self._world == 1 and plain
+        if alone and len(values) <= self._ops.SMALL:
+            self._ops.linear(values, projection.weight, projection.bias, hidden, None, None)
+            return None
+        if alone and projection.bias is None:
+            hidden.addmm_(values, projection.weight.t())
+            return None
         if len(values) > self._ops.SMALL:
             found: Tensor = projection(values)
             return found
-        if self._world == 1 and plain:
-            self._ops.linear(values, projection.weight, projection.bias, hidden, None, None)
-            return None
         update = self._ops.linear(values, projection.weight, None, None, None, None)
         if self._world > 1:
             torch.distributed.all_reduce(update)
