@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 from backend.tasks.task import Array, Row, Task
 
 _log = logging.getLogger(__name__)
+_settling = threading.Lock()
+"""When the ranks fail, the service's thread and callers may settle the same request."""
 
 
 class Asked(Protocol):
@@ -61,9 +64,10 @@ class Request:
 
     def settle(self, outcome: dict[str, Array] | Exception) -> None:
         """Answer or fail it, once: whatever comes later is passed over. It does not raise."""
-        if self.settled:
-            return
-        self.settled = True
+        with _settling:
+            if self.settled:
+                return
+            self.settled = True
         try:
             if isinstance(outcome, Exception):
                 self.asked.fail(outcome)

@@ -57,7 +57,6 @@ class Service:
         self._down = "is loading"
         self._closing = threading.Event()
         self._restarts = Restarts(self.config, self._closing, report)
-        self._ended = False
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="service", daemon=True)
 
@@ -107,8 +106,8 @@ class Service:
                 raise EngineDown(f"the model {reason}; try again later")
             if self._pool.put(requests, IDLE_CHECK):
                 break
-        if self._ended:  # that thread may have looked for the last time before these came
-            _fail(self._pool.clear(), EngineDown(f"the model {UNLOADED}"))
+        if self._down:  # that thread has failed what waited, perhaps before these came: nothing waits meanwhile
+            _fail(self._pool.clear(), EngineDown(f"the model {self._down}; try again later"))
 
     # ---- preparing, in the caller's thread
 
@@ -162,10 +161,8 @@ class Service:
                 except Exception as error:
                     self._recover(error)
         finally:
-            self._down, end = self._down or UNLOADED, EngineDown(f"the model {UNLOADED}")
-            self._fail_all(end)
-            self._ended = True
-            self._fail_all(end)  # what came meanwhile; what comes from now on fails in `_put`
+            self._down = self._down or UNLOADED
+            self._fail_all(EngineDown(f"the model {UNLOADED}"))
             self._group.close()
 
     def _step(self) -> None:

@@ -243,6 +243,19 @@ def test_a_job_that_slips_in_when_all_is_lost_is_failed(make, monkeypatch):
     assert isinstance(late.one(), EngineDown)
 
 
+def test_what_slips_in_during_a_restart_does_not_wait_for_its_end(make, monkeypatch):
+    service = make()
+    service.start()
+    monkeypatch.setattr(service._restarts, "again", lambda load: service._closing.wait(20))  # it takes its time
+    service.serve([ask(1, how="die")])
+    while not service._down:
+        time.sleep(0.01)
+    monkeypatch.setattr(service, "_reason", lambda: "")  # as if it had looked a moment earlier
+    service.serve([late := ask(1)])
+    with pytest.raises(EngineDown, match="is restarting"):
+        raise late.one(0.5)
+
+
 def test_close_answers_what_is_open_and_what_comes_later(make, monkeypatch):
     service = make()
     service.start()
