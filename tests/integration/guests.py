@@ -1,0 +1,46 @@
+"""Guests: models that come into the running server for one test file, and measures of what a process holds."""
+
+import re
+import shutil
+import urllib.request
+from contextlib import contextmanager
+
+import psutil
+
+from backend import repository
+
+
+@contextmanager
+def guest(served, task, name, folder, **parameters):
+    """A model that is loaded, and afterwards unloaded to its last process."""
+    given = {"model": str(folder), **{key: str(value) for key, value in parameters.items()}}
+    repository.write(served.repository, task, name, given)
+    with served.control() as control:
+        try:
+            control.load(name, 180)
+            yield name
+            control.unload(name, 60)
+            control.wait_gone(name, 60)
+        finally:
+            shutil.rmtree(served.repository / name)
+
+
+def tritonserver(served):
+    (found,) = [process for process in served.processes() if process.name() == "tritonserver"]
+    return found
+
+
+def memory(*processes):
+    """MiB that are the processes' own."""
+    return sum(psutil.Process(process.pid).memory_full_info().uss for process in processes) >> 20
+
+
+def metrics(served):
+    """Values by name and labels, as Prometheus would read them."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.metrics}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return {key: float(value) for key, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def counter(served, name, model):
+    return next((v for key, v in metrics(served).items() if re.match(rf'{name}{{.*model="{model}"', key)), 0.0)
