@@ -81,17 +81,16 @@ def _stepped(value: int) -> int:
 
 
 def usual(most: int, longest: int) -> list[Bucket]:
-    """Buckets that full micro-batches of `most` tokens, padding included, fall into, and some of single texts.
+    """Buckets that full micro-batches of `most` tokens fall into, the largest first, and some of single texts.
 
-    Sorted by length and cut, a micro-batch of texts of up to n tokens has most / n to twice as many of them. The
-    largest come first, so that the others find room in their memory.
+    Sorted by length and cut, a micro-batch has texts of half its longest one's length, or of a quarter.
     """
-    step, most = _stepped(most) // (2 * _STEPS), _stepped(most)
-    sizes = range(most, most // 2, -max(_TOKENS, step))
-    bounds = [each for each in (128, 256, 512) if each < 2 * longest]
-    kinds = [(bound, 2 * most // bound) for bound in bounds] + [(_LONGEST, 4 * most // _LONGEST)]
-    full = [Bucket(size, bound, _doubled(count, _SEQUENCES)) for size in sizes for bound, count in kinds]
-    return [*dict.fromkeys(full + [Bucket.of(np.array([size])) for size in (512, 384, 256, 128) if size <= longest])]
+    full = _stepped(most)
+    bounds = [bound for bound in (128, 256, 512) if bound < 2 * longest]
+    kinds = [(bound, times * full // bound) for times in (2, 4) for bound in bounds] + [(128, 8 * full // 128)]
+    sizes = (full, full - max(_TOKENS, full // (2 * _STEPS)))
+    found = [Bucket(size, bound, _doubled(count, _SEQUENCES)) for size in sizes for bound, count in kinds if size > 0]
+    return [*dict.fromkeys(found + [Bucket.of(np.array([size])) for size in (512, 384, 256, 128) if size <= longest])]
 
 
 class StackGraphs:

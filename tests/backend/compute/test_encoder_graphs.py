@@ -42,7 +42,7 @@ def test_few_buckets():
 def test_what_full_micro_batches_usually_fall_into(most):
     found = usual(most, 512)
     assert len(found) == len({*found}) <= 40 and found[0].tokens == most
-    for length in (50, 70, 100, 200, 300, 500):
+    for length in (20, 50, 70, 100, 200, 300, 500):
         lengths = np.full(most // length, length)
         assert Bucket.of(lengths) in found, length
     assert Bucket.of(np.array([20])) in usual(most, 128)
