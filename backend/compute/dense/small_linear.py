@@ -28,6 +28,8 @@ def linear(
     chosen = shape(tokens, outputs, width, activation is not None, x.element_size()) if tokens <= SMALL else None
     if chosen is None:
         return by_library(x, weight, bias, residual, norm, activation)
+    if norm is not None and tokens > 1 and not chosen.takes_norm:
+        x, norm = normed(x, None, *norm), None
     return by_shape(chosen, x, weight, bias, residual, norm, activation)
 
 

@@ -17,6 +17,7 @@ from transformers.models.stablelm.modeling_stablelm import apply_rotary_pos_emb 
 
 from backend.compute.dense import reference
 from backend.compute.dense.base import ACTIVATIONS, known, ops
+from backend.compute.dense.shape import PROCESSORS, Shape, even, shape
 from backend.errors import LoadError
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -150,3 +151,39 @@ def test_each_device_has_its_module() -> None:
     assert ops("cpu") is reference
     with pytest.raises(LoadError, match="'tpu'"):
         ops("tpu")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+def test_shapes_give_every_processor_work_and_waste_no_columns(tokens: int, gated: bool) -> None:
+    for outputs in (576, 896, 1280, 2048, 3072, 4096, 6144, 8192, 14336, 18944, 128256):
+        for width in (576, 896, 1536, 2048, 3072, 3584, 4096, 4864, 14336, 18944):
+            chosen = shape(tokens, outputs, width, gated, 2)
+            if tokens == 1:
+                assert chosen is not None
+            if chosen is None:
+                continue
+            assert -(-outputs // chosen.rows) * chosen.splits >= 0.7 * PROCESSORS
+            assert width % chosen.columns == 0 or chosen.columns < 2 * width
+            assert chosen.columns & -chosen.columns == chosen.columns
+            assert chosen.columns * chosen.splits <= 2 * width
+            assert tokens == 1 or chosen.rows >= 16, "tensor cores take sixteen rows"
+
+
+def test_shapes_of_float32_and_of_many_tokens() -> None:
+    assert shape(1, 4096, 4096, False, 4) is not None
+    assert shape(2, 4096, 4096, False, 4) is None
+    assert shape(17, 4096, 4096, False, 2) is None
+    assert shape(1, 1, 64, True, 4) is not None
+
+
+def test_columns_divide_the_width_or_cover_it() -> None:
+    assert [even(width, 1024, 512) for width in (4096, 3584, 896, 576, 4864)] == [1024, 512, 1024, 1024, 1024]
+    assert even(576, 256) == 256
+    assert even(896, 256) == 128
+
+
+def test_a_norm_is_inside_only_where_programs_are_large() -> None:
+    assert Shape(64, 256, 4, 3).takes_norm
+    assert not Shape(64, 128, 4, 4).takes_norm
+    assert not Shape(64, 256, 4, 3, splits=4).takes_norm
