@@ -3,7 +3,7 @@
 The time is that of reading the context once, so the work is shared out by bytes: all tiles of all (chunk, kv head)
 pairs stand in one row, and each program of a fixed grid takes an equal stretch of it, however the lengths differ and
 however long the longest may become. Lengths are read on the device: a CUDA graph may hold the launch. A pair that
-several programs share is joined by the one that arrives last (split-KV; Flash-Decoding, Dao et al. 2023).
+several programs share is joined by the one that arrives last (split-KV, as in Flash-Decoding).
 """
 
 # ruff: noqa: N803
@@ -56,7 +56,7 @@ def decode(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule) ->
         kv.stride(2), kv.stride(3), step.block_tables.stride(0), rule.window, chunks,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PADDED=wide, BLOCK_SIZE=kv.shape[1],
         ROWS=rows, COLUMNS=_columns(wide, kv), CHUNKS=_chunks(chunks),
-        GROUPS=triton.next_power_of_2(group), PARTS=_parts(group, wide), LEAST=SHAPE.least, ALONE=step.decode,
+        GROUPS=triton.next_power_of_2(group), PARTS=_parts(group, wide), LEAST=SHAPE.least,
         WINDOWED=bool(rule.window), CAPPED=bool(rule.softcap), SINKS=rule.sinks is not None,
         PRECISION=precision(query.dtype), STAGES=SHAPE.stages, num_warps=SHAPE.warps,
         maxnreg=_registers() if rows == 16 else None,
@@ -103,12 +103,12 @@ def _decode_kernel(
     scaling, softcap, query_token, query_head, kv_block, kv_slot, kv_value, kv_head, table_row, window, chunks,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
-    LEAST: tl.constexpr, ALONE: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+    LEAST: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A pair is a chunk and a kv head; row r of its tiles is the r-th head of that kv head's group.
 
-    ALONE: every chunk is one token, else those of more tokens are left out.
+    Chunks of several tokens have no tiles here.
     """
     each = tl.arange(0, CHUNKS)
     lengths = tl.load(kv_lengths + each, mask=each < chunks, other=0)
@@ -116,10 +116,9 @@ def _decode_kernel(
     if WINDOWED:
         seen -= tl.maximum(lengths - window, 0) // COLUMNS * COLUMNS
     tiles = tl.maximum(tl.cdiv(seen, COLUMNS), 1)  # a padding row takes one, to write zeros
-    tiles = tl.where(each < chunks, tiles, 0)
-    if not ALONE:
-        starts = tl.load(query_starts + each, mask=each < chunks, other=0)
-        tiles = tl.where(tl.load(query_starts + each + 1, mask=each < chunks, other=0) - starts == 1, tiles, 0)
+    starts = tl.load(query_starts + each, mask=each < chunks, other=0)
+    alone = tl.load(query_starts + each + 1, mask=each < chunks, other=0) - starts == 1
+    tiles = tl.where(alone, tiles, 0)
     ends = tl.cumsum(tiles, 0) * KV_HEADS
     all_tiles = tl.sum(tiles, 0) * KV_HEADS
     share = tl.maximum(tl.cdiv(all_tiles, tl.num_programs(0)), LEAST)
@@ -143,9 +142,7 @@ def _decode_kernel(
         pair = before + head * count  # its first tile
         first = at - pair
         last = tl.minimum(count, stop - pair)
-        token = chunk.to(tl.int64)
-        if not ALONE:
-            token = tl.load(query_starts + chunk).to(tl.int64)
+        token = tl.sum(tl.where(mine, starts, 0), 0).to(tl.int64)
         heads = head * GROUP + rows
         q = tl.load(query + token * query_token + heads[:, None] * query_head + dims[None, :], mask=inside, other=0.0)
         top, total, sums = _weighed(
@@ -202,7 +199,7 @@ def _weighed(
     for tile in tl.range(first, last, num_stages=STAGES):
         columns = begin + tile * COLUMNS + tl.arange(0, COLUMNS)
         known = columns < length
-        k, v = context(base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE, MASKED=True)
+        k, v = context(base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
         scores = scored(q, k, scaling, softcap, CAPPED, PRECISION)
         visible = known
         if WINDOWED:

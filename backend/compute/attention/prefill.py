@@ -1,7 +1,7 @@
 """Prefill attention: chunks of several tokens, each against its paged context. It does not know layers or models.
 
-A tile is some tokens of one chunk times the heads of one kv head, with an online softmax over the context (Dao et al.
-2022; paging as in Kwon et al. 2023). The tiles with most context start first, so that none is left running alone.
+A tile is some tokens of one chunk times the heads of one kv head, with an online softmax over the context (as in
+FlashAttention). The tiles with most context start first, so that none is left running alone.
 """
 
 # ruff: noqa: N803
@@ -30,6 +30,8 @@ class Shape:
     columns: int = 64
     warps: int = 8
     stages: int = 3
+    registers: int | None = None
+    """The most that a thread may have, so that more programs fit on a multiprocessor."""
 
 
 SHAPE = Shape()
@@ -51,7 +53,7 @@ def prefill(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule) -
         kv.stride(3), step.block_tables.stride(0), rule.window,
         GROUP=group, DIM=dim, PADDED=padded(dim), BLOCK_SIZE=kv.shape[1], ROWS=rows, COLUMNS=shape.columns,
         TOKENS=tokens, WINDOWED=bool(rule.window), CAPPED=bool(rule.softcap), SINKS=rule.sinks is not None,
-        PRECISION=precision(query.dtype), STAGES=shape.stages, num_warps=shape.warps,
+        PRECISION=precision(query.dtype), STAGES=shape.stages, num_warps=shape.warps, maxnreg=shape.registers,
     )  # fmt: skip
 
 
@@ -103,30 +105,18 @@ def _prefill_kernel(
     table = block_tables + chunk.to(tl.int64) * table_row
     base = kv + head * kv_head
 
-    # First what every row sees, then what the rows differ in.
     begin = 0
     if WINDOWED:
         begin = tl.maximum(before - window + 1, 0) // COLUMNS * COLUMNS
-    else:
-        plain = (before + 1) // COLUMNS * COLUMNS
-        for at in tl.range(0, plain, COLUMNS, num_stages=STAGES):
-            columns = at + tl.arange(0, COLUMNS)
-            k, v = context(
-                base, table, columns, columns < length, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE,
-                MASKED=False,
-            )  # fmt: skip
-            scores = scored(q, k, scaling, softcap, CAPPED, PRECISION)
-            top, total, sums = absorbed(scores, scale, v, top, total, sums, PRECISION)
-        begin = plain
     for at in tl.range(begin, tl.minimum(length, before + TOKENS), COLUMNS, num_stages=STAGES):
         columns = at + tl.arange(0, COLUMNS)
-        known = columns < length
-        k, v = context(base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE, MASKED=True)
+        k, v = context(base, table, columns, columns < length, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
         scores = scored(q, k, scaling, softcap, CAPPED, PRECISION)
-        seen = columns[None, :] <= position[:, None]
         if WINDOWED:
-            seen = seen & (columns[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores, HIDDEN)
+            seen = (columns[None, :] <= position[:, None]) & (columns[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, HIDDEN)
+        elif at + COLUMNS > before + 1:  # else all rows see all of the tile
+            scores = tl.where(columns[None, :] <= position[:, None], scores, HIDDEN)
         top, total, sums = absorbed(scores, scale, v, top, total, sums, PRECISION)
 
     result = finished(top, total, sums, sinks, heads, live, SINKS)

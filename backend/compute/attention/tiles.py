@@ -22,8 +22,12 @@ that it does see then fades whatever such tiles added to nothing)."""
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compiled anew for other types and alignments, not for other values of what differs from step to step."""
-    return triton.jit(function, do_not_specialize=["table_row", "window", "chunks"])
+    """Compiled anew for other types and alignments, not for what differs from step to step: serving would stall."""
+    return triton.jit(
+        function,
+        do_not_specialize=["table_row", "window", "chunks"],
+        do_not_specialize_on_alignment=["tiles", "query_starts", "kv_lengths", "block_tables", "slots"],
+    )
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -43,26 +47,17 @@ def precision(dtype: torch.dtype) -> str:
 @triton.jit
 def context(
     base, table, columns, known, kv_block, kv_slot, kv_value,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [columns, dim] of one kv head; not MASKED: all columns are known."""
+    """Keys and values [columns, dim] of one kv head; zeros where a column is not known."""
     dims = tl.arange(0, PADDED)
-    if MASKED:
-        block = tl.load(table + columns // BLOCK_SIZE, mask=known, other=0)
-    else:
-        block = tl.load(table + columns // BLOCK_SIZE)
+    block = tl.load(table + columns // BLOCK_SIZE, mask=known, other=0)
     where = (block.to(tl.int64) * kv_block + (columns % BLOCK_SIZE) * kv_slot)[:, None] + dims[None, :]
-    if MASKED:
-        mask = known[:, None] & (dims < DIM)[None, :]
-        k = tl.load(base + where, mask=mask, other=0.0)
-        v = tl.load(base + kv_value + where, mask=mask, other=0.0)
-    elif PADDED > DIM:
-        inside = (dims < DIM)[None, :]
-        k = tl.load(base + where, mask=inside, other=0.0)
-        v = tl.load(base + kv_value + where, mask=inside, other=0.0)
-    else:
-        k = tl.load(base + where)
-        v = tl.load(base + kv_value + where)
+    mask = known[:, None]
+    if PADDED > DIM:
+        mask = mask & (dims < DIM)[None, :]
+    k = tl.load(base + where, mask=mask, other=0.0)
+    v = tl.load(base + kv_value + where, mask=mask, other=0.0)
     return k, v
 
 
