@@ -1,4 +1,8 @@
-"""Clip: a rank's worker that says how well sentences fit images, by transformers' own model. It knows no requests."""
+"""Clip: a rank's worker that says how well sentences fit images, by transformers' own model. It knows no requests.
+
+Several ranks split both towers' layers where that is exact; where it is not, each has the whole model and all compute
+the same.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForZeroShotImageClassification
+from transformers import AutoImageProcessor, AutoModelForZeroShotImageClassification, PreTrainedModel
 
 from backend.checkpoint import Checkpoint
 from backend.compute.decoder import dtype_of
+from backend.compute.split_loaded import split, unsplittable
 from backend.compute.tensor_parallel import join
 from backend.errors import LoadError
 from backend.model_folder import resolve
@@ -23,7 +28,7 @@ from backend.ranks.rank import Birth
 
 
 class Clip:
-    """The whole model, on one rank."""
+    """One rank's part of the model. Every rank gets every batch."""
 
     def __init__(self, birth: Birth, progress: Callable[[str], None]) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -35,7 +40,16 @@ class Clip:
             model, read = _load(folder, self._dtype)
         except (OSError, ValueError) as error:
             raise LoadError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:500]}") from None
+        if birth.world > 1:
+            self._share(model, birth, progress if birth.rank == 0 else lambda text: None)
         self._model, self._read = model.to(self._device).eval(), read
+
+    def _share(self, model: PreTrainedModel, birth: Birth, say: Callable[[str], None]) -> None:
+        if reason := unsplittable(model, birth.world):
+            say(f"the model is whole on every rank: {reason}")
+        else:
+            split(model, birth.rank, birth.world, self._device)
+            say(f"the model is split among {birth.world} ranks")
 
     def warm_up(self) -> None:
         """One image and one short sentence."""

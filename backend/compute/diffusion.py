@@ -20,7 +20,8 @@ from backend.checkpoint import resolve
 from backend.compute.diffusion_compile import Compiled, compiled, dismiss_compilers
 from backend.compute.diffusion_graphs import ForwardGraphs, keep_steps_on_host
 from backend.compute.diffusion_guidance import shared_guidance
-from backend.compute.diffusion_pipeline import denoiser_of, dtype_of, inpainting, load, text_encoders
+from backend.compute.diffusion_pipeline import denoiser_of, dtype_of, inpainting, load, place, text_encoders
+from backend.compute.diffusion_prompts import embedded, split_text_encoders, stacked
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.config import EngineConfig
@@ -46,7 +47,11 @@ class Diffusion:
         self._rank, self._world = birth.rank, birth.world
         self._progress = progress if birth.rank == 0 else lambda text: None
         self._device = join(birth, progress)
-        self._pipeline = load(resolve(birth.config.model, None), dtype_of(birth.config), self._device)
+        self._pipeline = load(resolve(birth.config.model, None), dtype_of(birth.config))
+        self._split = self._world > 1 and split_text_encoders(
+            self._pipeline, self._rank, self._world, self._device, self._progress
+        )
+        place(self._pipeline, self._device)
         self._inpainting = inpainting(self._pipeline)
         self._compiled = self._quicken(birth.config) if self._device.type == "cuda" else []
 
@@ -55,7 +60,8 @@ class Diffusion:
         found = compiled(self._pipeline, self._progress) if config.compile else []
         if config.cuda_graphs:
             pool = torch.cuda.graph_pool_handle()
-            for model in (*text_encoders(self._pipeline).values(), denoiser_of(self._pipeline)):
+            whole = [] if self._split else text_encoders(self._pipeline).values()
+            for model in (*whole, denoiser_of(self._pipeline)):
                 ForwardGraphs(model, self._device, pool, self._progress)
             keep_steps_on_host(self._pipeline.scheduler)
         return found
@@ -78,6 +84,8 @@ class Diffusion:
         """An entry an image; None where another rank has it, the same error for all where the call was refused."""
         count = len(batch["prompts"])
         try:
+            if self._split:
+                batch = embedded(self._pipeline if batch["images"] is None else self._inpainting, batch)
             if self._world == 1 or self._share_guidance(count):
                 return self._draw(batch, range(count), count, shared=self._world > 1)
             own = range(self._rank, count, self._world)
@@ -116,19 +124,23 @@ class Diffusion:
 def arguments(pipeline: Any, batch: Batch) -> dict[str, Any]:
     """Of the pipeline's call; what the request did not give stays the pipeline's own default."""
     given = {
-        "prompt": batch["prompts"],
+        **(stacked(batch["embeds"]) if "embeds" in batch else prompts(batch)),
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in batch["seeds"]],
         "output_type": "pt",
         **batch["settings"],
     }
-    if batch["negative_prompts"] is not None:
-        given["negative_prompt"] = batch["negative_prompts"]
     if batch["images"] is not None:
         given["image"] = [Image.fromarray(image) for image in batch["images"]]
         given["mask_image"] = [Image.fromarray(mask) for mask in batch["masks"]]
     if "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters:
         given["use_resolution_binning"] = pipeline.transformer.config.sample_size in BINNED
     return given
+
+
+def prompts(batch: Batch) -> dict[str, Any]:
+    """What the pipeline's text encoders are to read."""
+    negative = batch["negative_prompts"]
+    return {"prompt": batch["prompts"]} | ({} if negative is None else {"negative_prompt": negative})
 
 
 def part(batch: Batch, own: range) -> Batch:

@@ -31,8 +31,8 @@ def dtype_of(config: EngineConfig) -> torch.dtype:
     return dtype
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The folder's pipeline: safetensors alone, nothing fetched, none of its own code. LoadError says why not."""
+def load(folder: Path, dtype: torch.dtype) -> Any:
+    """The folder's pipeline on the host: safetensors alone, nothing fetched, no code of its own. LoadError: why not."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
     from transformers.utils import logging as loading
@@ -46,12 +46,16 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     except (OSError, ValueError) as error:
         raise LoadError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:500]}") from None
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def place(pipeline: Any, device: torch.device) -> None:
+    """Move it to the device, laid out as convolutions like it there."""
     pipeline.to(device)
     if device.type == "cuda":
         for model in (getattr(pipeline, "unet", None), pipeline.vae):
             if model is not None:
                 model.to(memory_format=torch.channels_last)
-    return pipeline
 
 
 def variant_of(folder: Path) -> str | None:

@@ -52,8 +52,6 @@ class ZeroShotImage:
         self.config, checkpoint = config, Checkpoint.open(folder)
         if checkpoint.model_type not in FAMILIES:
             raise LoadError(f"{checkpoint.model_type} cannot be served for zero_shot_image: only {', '.join(FAMILIES)}")
-        if config.tensor_parallel > 1:
-            raise LoadError(f"{checkpoint.model_type} cannot be split over several ranks; use tensor_parallel 1")
         self.tokenizer = Tokenizer.from_folder(folder)
         self.longest = int(checkpoint.text_config.get("max_position_embeddings", 77))
         self.padding = self.tokenizer.token_id(self.tokenizer.special_tokens.get("pad_token", "")) or 0
@@ -122,6 +120,7 @@ class ZeroShotImage:
         }
 
     def join(self, answers: list[Any]) -> list[Array]:
+        """All ranks answer alike."""
         first: list[Array] = answers[0]
         return first
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from backend.compute.diffusion import Diffusion, drawn, quantized
+from backend.compute.diffusion import Diffusion, drawn, part, quantized
 from backend.compute.diffusion_pipeline import variant_of
+from backend.compute.diffusion_prompts import embedded
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.ranks.group import RankGroup
@@ -188,6 +189,19 @@ def test_a_folder_of_half_precision_alone(tmp_path):
     assert arrays(half.forward(batch())).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_read_ahead_give_the_same_images(kind, worker):
+    """What ranks do whose text encoders are split."""
+    cases = [batch(negative_prompts=["ugly", "", "a circle"]), batch(guidance_scale=1.0), batch()]
+    for given in cases[: 1 if kind == "pixart" else 3]:
+        expected = arrays(worker(kind).forward(given))
+        with torch.inference_mode():
+            ahead = embedded(worker(kind)._pipeline, given)
+        assert np.array_equal(arrays(worker(kind).forward(ahead)), expected)
+        alone = arrays(worker(kind).forward(part(ahead, range(1, 2)))).astype(int)
+        assert np.abs(alone - expected[1:2]).max() <= 1
+
+
 @pytest.mark.skipif(not DIGITS.is_dir(), reason="the digits sample has not been trained here")
 def test_the_digits_sample_is_drawn_to_the_pixel():
     task = TextToImage(DIGITS, settings(DIGITS))
@@ -217,10 +231,17 @@ def test_cuda_graphs_change_no_pixel(kind, folder):
 @pytest.fixture(scope="module")
 def pair(folder, tmp_path_factory):
     """Two ranks."""
-    group = RankGroup(settings(folder("sd"), tensor_parallel=2), TextToImage.worker, print)
+    told = []
+    group = RankGroup(settings(folder("sd"), tensor_parallel=2), TextToImage.worker, told.append)
     group.start()
+    group.told = told
     yield group
     group.close()
+
+
+def test_two_ranks_split_the_text_encoder_and_say_what_stays_whole(pair):
+    assert any("text_encoder is split among 2 ranks" in line for line in pair.told), pair.told
+    assert any("denoiser and decoder are whole" in line for line in pair.told)
 
 
 def test_two_ranks_share_the_images(pair, folder, worker):
@@ -230,6 +251,12 @@ def test_two_ranks_share_the_images(pair, folder, worker):
     assert [[each is None for each in rank] for rank in answers] == [[False, True, False], [True, False, True]]
     whole = arrays(worker("sd").forward(batch(guidance_scale=3.0))).astype(int)
     assert np.abs(arrays(task.join(answers)).astype(int) - whole).max() <= 1
+
+
+def test_a_batch_that_both_ranks_refuse_leaves_them_answering(pair):
+    for refused in pair.call("forward", batch(height=12, width=12)):
+        assert all(isinstance(each, InvalidInput) for each in refused)
+    assert len(pair.call("forward", batch())) == 2
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
