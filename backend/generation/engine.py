@@ -6,6 +6,7 @@ Callers leave work in an inbox and read a Stream; everything else (scheduler, ra
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -36,6 +37,8 @@ from backend.ranks.restarts import Restarts
 DECODER = "backend.compute.decoder:Decoder"
 IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
+TURN = 0.0005
+"""Seconds that another thread keeps the interpreter while the engine's wants it; Python's 5 ms are several steps."""
 
 
 class Engine:
@@ -66,6 +69,7 @@ class Engine:
             self._report(line)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         self.defaults = Defaults.from_folder(self.folder)
+        sys.setswitchinterval(TURN)
         self._thread.start()
         self._started.result()
 

@@ -6,7 +6,6 @@ engine's thread does none of that.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,8 +29,6 @@ CANCEL_POLL = 0.1
 CANCEL_COST = 0.002
 """Seconds between two questions to the same caller whether it is still there, and at least between any two: each costs
 about 100 µs, so all together take at most a twentieth of a core."""
-TURN = 0.0005
-"""Seconds that one of these threads may keep the interpreter while the engine's wants it; Python's default is 5 ms."""
 CLOSING = 5.0
 """Seconds for the last answers at the end."""
 
@@ -50,7 +47,6 @@ class Service:
 
     def start(self) -> None:
         """Load, and begin to serve; LoadError with a one-line reason otherwise."""
-        sys.setswitchinterval(TURN)
         self.engine.start()
         for thread in self._threads:
             thread.start()
