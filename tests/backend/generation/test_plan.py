@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from array import array
 from dataclasses import fields
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from backend.generation.blocks import BlockPool
-from backend.generation.plan import LAST_TOKEN, pack
+from backend.generation.plan import LAST_TOKEN, Sampled, pack
 from backend.generation.scheduler import Scheduler
 from backend.generation.sequence import SamplingParams, Sequence
 
@@ -156,3 +157,30 @@ def test_the_history_after_preemption_holds_the_completion() -> None:
         scheduler.commit(chunks, [40 + len(young.tokens)] * len(chunks))
     assert scheduler.preemptions == 1
     assert [(h.prompt.tolist(), h.completion.tolist()) for h in histories] == [([9], []), ([9], [41, 42])]
+
+
+def test_a_plan_and_its_answer_arrive_as_they_were_sent() -> None:
+    given = {"temperature": 0.5, "presence_penalty": 2.0, "min_tokens": 3, "stop_token_ids": frozenset({5})}
+    sent = pack(running(sequence(2), sequence(3, first=9, logprobs=True, **given)).schedule(), 4)
+    plan = pickle.loads(pickle.dumps(sent, protocol=5))
+    for name in (field.name for field in fields(sent) if field.name not in ("sampling", "histories")):
+        assert np.array_equal(getattr(plan, name), getattr(sent, name)), name
+    for name in (field.name for field in fields(sent.sampling)):
+        assert np.array_equal(getattr(plan.sampling, name), getattr(sent.sampling, name)), name
+    assert [history.slot for history in plan.histories] == [history.slot for history in sent.histories] != []
+    answer = pickle.loads(pickle.dumps(Sampled(plan.slots, None), protocol=5))
+    assert answer.token_ids.tolist() == plan.slots.tolist() and answer.logprobs is None
+
+
+def test_parameters_follow_their_sequences_when_others_end_or_come() -> None:
+    scheduler = running(sequence(2, temperature=0.25, max_tokens=2), sequence(2, first=9, temperature=0.5))
+    scheduler.commit(scheduler.schedule(), [7, 7])
+    seen = []
+    for _ in range(3):
+        chunks = scheduler.schedule()
+        sampling = pack(chunks, 4).sampling
+        seen.append((sampling.temperature.tolist(), sampling.counters.tolist()))
+        scheduler.commit(chunks, [7] * len(sampling.counters))
+        if len(seen) == 2:
+            scheduler.add(sequence(2, first=20, temperature=0.75))
+    assert seen == [([0.25, 0.5], [1, 1]), ([0.5], [2]), ([0.5, 0.75], [3, 0])]

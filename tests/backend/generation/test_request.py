@@ -45,6 +45,12 @@ def test_text_ids_and_messages_become_prompts(engine):
     assert engine.tokenizer.decode(request.prompts[2].token_ids) == "<user>Hi"
 
 
+def test_ids_become_text_only_where_the_answer_repeats_them(engine):
+    assert parse(engine, {"input_ids": [5, 6], "exclude_input_in_output": True}).texts == [""]
+    assert parse(engine, {"input_ids": [5, 6]}).texts == [engine.tokenizer.decode([5, 6])]
+    assert parse(engine, {"input_ids": [5, 299_999]}).texts == [engine.tokenizer.decode([5])]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
