@@ -47,7 +47,7 @@ class Encoder:
         self._device = join(birth, progress)
         self._model = load_encoder(self._checkpoint, self._task.auto, birth.world, self._device, dtype)
         self._model.config.use_cache = False  # decoders that embed would keep keys and values
-        self._types = self._kinds()
+        self._types, self._padding = self._kinds(), int(getattr(self._model.config, "pad_token_id", None) or 0)
         self._packing: Packing | None = None
         if self._packs(dtype):
             self._pack()
@@ -139,14 +139,11 @@ class Encoder:
     def _compute(self, batch: Texts) -> tuple[Any, Tensor]:
         """The model's own output, and which tokens are there [n, longest]."""
         graphs = bool(self._packing and self._packing.graphs)
-        inputs = Inputs.of(batch, self._padding(), self._types, self._device, graphs)
+        inputs = Inputs.of(batch, self._padding, self._types, self._device, graphs)
         if self._packing:
             self._packing.enter(inputs.layout)
         more = {"token_type_ids": inputs.types} if self._types else {}
         return self._model(input_ids=inputs.ids, attention_mask=inputs.mask, **more), inputs.mask
-
-    def _padding(self) -> int:
-        return int(getattr(self._model.config, "pad_token_id", None) or 0)
 
     def _answer(self, values: Tensor) -> Arrays | Deferred:
         """The rows, once they have been copied; as one array, which crosses to the stub much faster.  # [n, ...]"""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from backend.compute.packed_attention import Spread
 from backend.compute.packing import Layout, Packing
 from backend.config import EngineConfig
 from backend.ranks.rank import Birth
+from backend.tasks.service import Service
 from backend.tasks.text import Piece, Texts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
@@ -128,3 +130,48 @@ def test_the_worker_says_so_and_answers_alike(tmp_path):
         )
         plain, graphed = (np.stack(worker.forward(batch)()) for worker in workers)
         np.testing.assert_allclose(graphed, plain, atol=5e-3 * np.abs(plain).max())
+
+
+class Ask:
+    """A request of some texts."""
+
+    def __init__(self, texts):
+        self._texts, self.outcome = texts, Future()
+
+    def rows(self):
+        return [{"text": text.encode()} for text in self._texts]
+
+    def answer(self, outputs):
+        self.outcome.set_result(outputs)
+
+    def fail(self, error):
+        self.outcome.set_exception(error)
+
+
+def vectors(folder, texts, **parameters):
+    given = {"model": str(folder), "device": "cuda", "dtype": "float16", "step_tokens": "512", **parameters}
+    said = []
+    service = Service("embed", EngineConfig.from_parameters(given), report=said.append)
+    service.start()
+    try:
+        found = []
+        for _ in range(4):  # launched, captured, replayed twice
+            ask = Ask(texts)
+            service.serve([ask])
+            found.append(ask.outcome.result(120)["embedding"])
+        return said, found
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_replay_together(tmp_path, world):
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"{world} GPUs needed")
+    folder = write(tmp_path / "model", "bert", "AutoModel", hidden_size=128, num_attention_heads=4, num_hidden_layers=3)
+    texts = ["the quick brown fox", "rivers", "Anna Smith of Berlin writes to the United Nations", "good film"] * 5
+    _, plain = vectors(folder, texts, cuda_graphs="false")
+    said, found = vectors(folder, texts, tensor_parallel=str(world))
+    assert any("run as CUDA graphs" in line for line in said), said
+    for each in found:
+        np.testing.assert_allclose(each, plain[0], atol=2e-2)
