@@ -68,13 +68,11 @@ class Delivery:
         """
         self._ended = False
         try:
-            over = self._send()
+            over = self._send(interval)
         except Exception as error:
             self._fail(error)
             return True
         if not over:
-            if self._due < inf:
-                self._due = time.monotonic() + interval
             self.release()
         return over
 
@@ -84,16 +82,18 @@ class Delivery:
         if self._overdue():
             self._queue()
 
-    def _send(self) -> bool:
+    def _send(self, interval: float) -> bool:
         if self._asking:
             self._asking = False
             if self._asked.cancelled():
                 raise Cancelled("the caller went away")
-        outputs, over = self._request.answer(self.stream.take()), self.stream.done
+        deltas = self.stream.take()
+        outputs, over = self._request.answer(deltas) if deltas else None, self.stream.done
         if over:
             self._asked.answer(outputs) if outputs else self._asked.end()
         elif outputs:
             self._asked.send(outputs)
+            self._due = time.monotonic() + interval
         return over
 
     def _fail(self, error: Exception) -> None:

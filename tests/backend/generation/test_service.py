@@ -103,11 +103,14 @@ def test_streams_and_whole_answers_give_the_same_text(service):
 
 
 def test_a_stream_counts_its_tokens_and_tells_the_reason_once(service):
-    caller = Caller(5, stream=True, n=3, return_finish_reason=True, return_num_output_tokens=True, stop_words=["zzz"])
+    caller = Caller(
+        SLOW, 5, stream=True, n=3, return_finish_reason=True, return_num_output_tokens=True, stop_words=["zzz"]
+    )
     service.serve([caller])
     caller.wait()
     rows = [(outputs["index"][i, 0], outputs["num_output_tokens"][i, 0], outputs["finish_reason"][i, 0])
             for outputs in caller.answers for i in range(len(outputs["index"]))]  # fmt: skip
+    assert all(len(outputs["index"]) for outputs in caller.answers)
     for index in range(3):
         assert sum(count for at, count, _ in rows if at == index) == 20
         assert [reason for at, _, reason in rows if at == index and reason] == [b"length"]
@@ -195,7 +198,7 @@ class Pace:
         monkeypatch.setattr(delivery.time, "monotonic", lambda: self.now)
         options = type("Options", (), {"stream": stream})
         request = type(
-            "Request", (), {"options": options, "answer": staticmethod(lambda news: news if stream else None)}
+            "Request", (), {"options": options, "answer": staticmethod(lambda news: {"news": news} if stream else None)}
         )
         self.delivery = delivery.Delivery(request, self.caller, self.outbox.append)
         self.delivery.stream = self.stream = Mailbox()
@@ -211,7 +214,7 @@ class Pace:
             self.outbox.pop()
             self.delivery.send(interval=0.5)
         sent, self.caller.answers = self.caller.answers, []
-        return sent
+        return [outputs["news"] for outputs in sent]
 
 
 def test_the_first_news_go_at_once_and_later_ones_together_after_the_interval(monkeypatch):
@@ -268,6 +271,14 @@ def test_news_left_behind_by_a_slow_engine_go_with_the_next_look(monkeypatch):
     assert pace.sent() == []
     pace.delivery.look()
     assert pace.sent() == [["b"]]
+
+
+def test_a_look_without_news_sends_nothing(monkeypatch):
+    pace = Pace(monkeypatch)
+    pace.delivery.look()
+    assert len(pace.outbox) == 1 and pace.sent() == []
+    pace.news("a")
+    assert pace.sent() == [["a"]]
 
 
 def open_requests(service):
