@@ -11,7 +11,7 @@ from backend.errors import InvalidInput
 from backend.tasks.task import Array
 
 FORMATS: dict[str, dict[str, int]] = {
-    "png": {},
+    "png": {"compress_level": 1},  # the same pixels in half the time of the default, a tenth larger
     "jpeg": {"quality": 95, "subsampling": 0},
     "webp": {"quality": 95},
     "raw": {},
