@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from measuring.figures import Trace
@@ -49,18 +50,23 @@ class Peer:
 def begin(way: str, folder: str, device: str, dtype: str, threads: str, share: str) -> Callable[[Any], list[Trace]]:
     """Load the model; the function of (requests, clients)."""
     import torch
+
+    torch.set_num_threads(int(threads))
+    model = loaded(folder, device, dtype)
+    run = partial(generate, model) if way == "generate" else Continuous(model, float(share)).run
+    return lambda question: run(*question)
+
+
+def loaded(folder: str, device: str, dtype: str) -> Any:
+    """The model as transformers loads it, and never at its end."""
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    torch.set_num_threads(int(threads))
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    model = model.to(device).eval()
     model.generation_config.eos_token_id = None
-    if way == "generate":
-        return lambda question: generate(model, *question)
-    run = Continuous(model, float(share))
-    return lambda question: run(*question)
+    return model.to(device).eval()
 
 
 def generate(model: Any, requests: list[Request], clients: int) -> list[Trace]:
@@ -115,7 +121,10 @@ class Continuous:
             self._manager.warmup()
         self._manager.start()
 
-    def __call__(self, requests: list[Request], clients: int) -> list[Trace]:
+    def close(self) -> None:
+        self._manager.stop(block=True, timeout=10)
+
+    def run(self, requests: list[Request], clients: int) -> list[Trace]:
         start, traces = time.perf_counter(), [Trace(request.at) for request in requests]
         names: dict[str, int] = {}
         sent = done = 0

@@ -40,9 +40,8 @@ def measured(port: int, workload: Workload) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         data, report = Path(folder) / "inputs.json", Path(folder) / "report.csv"
         data.write_text(json.dumps(inputs(workload)))
-        line = [*_tool(), "-u", f"127.0.0.1:{port}", "--input-data", str(data), "-f", str(report)]
-        line += ["--measurement-mode", "count_windows", "--measurement-request-count", str(max(2, streams))]
-        line += ["--stability-percentage", "999", "--concurrency-range", str(streams), "--max-threads", "32"]
+        line = [*_tool(len(workload.lengths), streams), "-u", f"127.0.0.1:{port}", "--input-data", str(data)]
+        line += ["-f", str(report), "--concurrency-range", str(streams), "--max-threads", "32"]
         done = subprocess.run(
             line, capture_output=True, text=True, check=False, env=os.environ | {"TRITONSPEED_PYTHON": sys.executable}
         )
@@ -51,10 +50,25 @@ def measured(port: int, workload: Workload) -> dict[str, float]:
         return figures(report.read_text(), workload)
 
 
-def _tool() -> list[str]:
-    """perf_analyzer itself where it is installed; else scripts/perf, which fetches an older one."""
-    installed = shutil.which("perf_analyzer")
-    return [installed, "-i", "grpc", "-m", "generate", "--streaming"] if installed else [str(ROOT / "scripts/perf")]
+def _tool(requests: int, streams: int) -> list[str]:
+    """perf_analyzer itself where it is installed; else scripts/perf, which fetches an older one.
+
+    The newer one sends so many requests and is done; the older knows only windows, at whose edges it counts responses
+    of requests that it does not count, so they must not be small.
+    """
+    if installed := shutil.which("perf_analyzer"):
+        return [
+            installed,
+            "-i",
+            "grpc",
+            "-m",
+            "generate",
+            "--streaming",
+            "--request-count",
+            str(max(requests, streams)),
+        ]
+    windows = ["--measurement-mode", "count_windows", "--measurement-request-count", str(4 * streams)]
+    return [str(ROOT / "scripts/perf"), *windows, "--stability-percentage", "999"]
 
 
 def figures(text: str, workload: Workload) -> dict[str, float]:

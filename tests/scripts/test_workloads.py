@@ -1,0 +1,230 @@
+"""The benches' load: lengths and arrivals of workloads, closed loops, what figures say of traces, who is asked how."""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import threading
+import time
+from array import array
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from measuring import comparison, witness
+from measuring.contenders import Engine
+from measuring.figures import Trace, figures, percentile
+from measuring.remote import Remote
+from measuring.stream_client import play
+from measuring.workloads import NAMED, Lengths, Request, Sizes, Workload, named, streams
+
+NAMES = {
+    "W1": ["W1 2600/60, 4 clients", "W1 1200/128, 4 clients"],
+    "W3": ["W3 128/128", "W3 1000/1000", "W3 2048/128", "W3 2048/2048"],
+    "W4": ["W4"],
+    "W5": ["W5 4/s", "W5 8/s", "W5 16/s", "W5 32/s", "W5 at once"],
+    "W8": ["W8 1024/256"],
+}
+
+
+def mean(values):
+    return statistics.fmean(values)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(name):
+    assert [each.name for each in named([name], Sizes(clients=(4,)))] == NAMES[name]
+
+
+def test_a_part_of_a_workload():
+    (only,) = named(["W3:1000/1000"], Sizes(requests=3))
+    assert only.lengths == (Lengths(1000, 1000),) * 3 and only.output == 3000 and only.longest == 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "output"),
+    [("W1:2600", 2600, 60), ("W1:1200", 1200, 128), ("W4", 562, 562), ("W5:once", 202, 179)],
+)
+def test_lengths_have_their_means_and_never_change(name, prompt, output):
+    (one,), (again,) = (named([name], Sizes(requests=2000, clients=(8,))) for _ in range(2))
+    assert one == again
+    assert mean(each.prompt for each in one.lengths) == pytest.approx(prompt, rel=0.05)
+    assert mean(each.output for each in one.lengths) == pytest.approx(output, rel=0.05)
+    assert min(each.prompt for each in one.lengths) > 0 and len(set(one.lengths)) > 1000
+
+
+def test_arrivals_come_at_their_rate():
+    for each in named(["W5"], Sizes(requests=2000, rates=(4, 32))):
+        times = [length.at for length in each.lengths]
+        assert times == sorted(times)
+        if "once" not in each.name:
+            assert 2000 / times[-1] == pytest.approx(4 if " 4/s" in each.name else 32, rel=0.1)
+
+
+def test_few_clients_send_fewer_requests():
+    assert [len(each.lengths) for each in named(["W7"], Sizes())] == [128]
+    sizes = [(each.clients, len(each.lengths)) for each in named(["W2:2600"], Sizes(clients=(1, 64)))]
+    assert sizes == [(1, 16), (64, 512)]
+
+
+def test_a_shared_prefix_and_new_ids():
+    (one,) = named(["W7"], Sizes(requests=3))
+    chance = random.Random(0)
+    first, second = one.requests(chance), one.requests(chance)
+    assert all(each.ids[:2000] == first[0].ids[:2000] and len(each.ids) == 2200 for each in first)
+    assert first[0].ids[2000:] != first[1].ids[2000:] and first[0].ids != second[0].ids
+    assert set(NAMED) == {"W1", "W2", "W3", "W4", "W5", "W7", "W8"}
+
+
+def test_figures_of_two_requests():
+    quick = Trace(0.0, [(0.5, 1), (0.7, 2), (0.9, 1)])
+    late = Trace(1.0, [(3.0, 1), (4.0, 1)])
+    found = figures([quick, late], prompts=[512, 512], outputs=[4, 2])
+    assert found["tok/s"] == 6 / 4 and found["req/s"] == 2 / 4 and found["met/s"] == 1 / 4
+    assert found["ttft p50"] == pytest.approx(1250) and found["ttft p99"] == pytest.approx(500)
+    assert found["tpot"] == pytest.approx(1e3 * mean([0.4 / 3, 1.0]))
+    assert quick.gaps == pytest.approx([0.2, 0.2, 0.0]) and found["itl p50"] == pytest.approx(200)
+
+
+def test_figures_refuse_a_request_that_lacks_tokens():
+    with pytest.raises(ValueError, match="gave 2 tokens instead of 3"):
+        figures([Trace(0.0, [(1.0, 2)])], [1], [3])
+
+
+def test_met_needs_both_speeds():
+    assert Trace(1.0, [(2.0, 1), (3.0, 4)]).met(512)
+    assert not Trace(1.0, [(2.1, 1), (3.0, 4)]).met(512)
+    assert not Trace(1.0, [(2.0, 1), (3.1, 4)]).met(512)
+
+
+def test_percentiles():
+    assert [percentile(range(101), share) for share in (0, 0.5, 0.99, 1)] == [0, 50, 99, 100]
+    assert percentile([], 0.5) == 0.0
+
+
+class Crowd:
+    """Notes how many are asked at a time."""
+
+    def __init__(self):
+        self.now, self.most, self.lock = 0, 0, threading.Lock()
+
+    def ask(self, request):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        yield 1
+        time.sleep(0.02)
+        yield request.output - 1
+        with self.lock:
+            self.now -= 1
+
+
+@pytest.mark.parametrize(("clients", "most"), [(1, 1), (3, 3), (0, 8)])
+def test_streams_of_so_many_clients(clients, most):
+    crowd = Crowd()
+    requests = [Request([1], 2 + number) for number in range(8)]
+    traces = play(crowd.ask, time.perf_counter() + 0.05, clients, requests)
+    assert [trace.tokens for trace in traces] == [request.output for request in requests]
+    assert crowd.most <= most and (clients != 1 or traces[1].start > traces[0].end)
+    assert clients or all(trace.start == 0.0 for trace in traces)
+
+
+def test_streams_wait_for_their_time():
+    traces = play(Crowd().ask, time.perf_counter(), 0, [Request([1], 2, at) for at in (0.0, 0.2)])
+    assert traces[1].start == 0.2 and traces[1].arrivals[0][0] >= 0.2
+
+
+class Immediate:
+    """An engine that has every token at once, and rings twice."""
+
+    def __init__(self):
+        self.open_now = self.most = 0
+
+    def open(self, prompts, notify):
+        self.open_now += 1
+        self.most = max(self.most, self.open_now)
+        assert isinstance(prompts[0].token_ids, array)
+        deltas = [SimpleNamespace(token_ids=[7] * prompts[0].params.max_tokens)]
+        stream = SimpleNamespace(take=lambda: deltas, done=True)
+        notify(False)
+        notify(True)
+        return stream
+
+    def leave(self, stream):
+        self.open_now -= 1
+
+
+@pytest.mark.parametrize(("clients", "most"), [(2, 2), (0, 5)])
+def test_the_engine_is_asked_by_so_many_clients(clients, most):
+    served = Engine.__new__(Engine)
+    served._engine = Immediate()
+    requests = [Request([1, 2], number + 1) for number in range(5)]
+    traces = served.run(requests, clients)
+    assert [trace.tokens for trace in traces] == [1, 2, 3, 4, 5]
+    assert (served._engine.most, served._engine.open_now) == (most, 0)
+
+
+def test_a_process_answers_and_says_what_fails():
+    remote = Remote("measuring.stream_client", "1")
+    try:
+        assert remote.receive() is None  # nobody listens on that port, which shows with the first request
+        with pytest.raises(RuntimeError, match=r"measuring.stream_client: \w+"):
+            remote.ask((time.perf_counter(), 1, [Request([1], 1)]))
+        with pytest.raises(RuntimeError, match="TypeError"):
+            remote.ask(())
+    finally:
+        remote.close()
+
+
+class Contender:
+    def __init__(self, rate):
+        self.rate, self.closed = rate, False
+
+    def run(self, requests, clients):
+        return [Trace(0.0, [(0.1, 1), (request.output / self.rate, request.output - 1)]) for request in requests]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_comparison_prints_medians_and_ratios(in_turn, monkeypatch, tmp_path, capsys):
+    contenders = {"engine": Contender(40), "continuous": Contender(10)}
+    alone = []
+    monkeypatch.setattr(comparison, "made", lambda name, options, alone: seen(name, alone))
+
+    def seen(name, one):
+        alone.append(one)
+        return contenders[name]
+
+    options = argparse.Namespace(
+        contenders="engine,continuous,vllm", in_turn=in_turn, rounds=2, json=tmp_path / "out.jsonl", witness=False,
+        model="somewhere/smol", shape=None, dtype="auto", tensor_parallel=1, set=[],
+    )  # fmt: skip
+    comparison.Comparison(options, streams([2], prompt=400, output=20)).run()
+    said = capsys.readouterr().out
+    assert "vllm: not measured" in said
+    assert "| 2 streams 400/20 | engine | 80.0 | 4.0 | 4.0 | 100.0 | 100.0 |" in said and said.count("| 4.00 |") == 1
+    assert alone == [in_turn, in_turn] and all(each.closed for each in contenders.values())
+    lines = [json.loads(line) for line in options.json.read_text().splitlines()]
+    assert len(lines) == 4 and {line["contender"] for line in lines} == set(contenders)
+
+
+def test_another_contender_has_other_parameters():
+    options = argparse.Namespace(model="m", tensor_parallel=2, dtype="auto", set=["block_size=32"])
+    assert comparison.parameters(options, alone=True)["block_size"] == "32"
+    assert comparison.parameters(options, alone=False)["kv_cache_fraction"] == comparison.SHARED
+    with pytest.raises(SystemExit, match="no contender 'other'"):
+        comparison.made("other:a=b", options, alone=True)
+
+
+def test_what_perf_analyzer_is_given_and_says():
+    workload = Workload("one", (Lengths(3, 5),) * 100)
+    data = witness.inputs(workload)["data"]
+    assert len(data) == witness.MOST and data[0]["input_ids"]["shape"] == [3] and data[0]["max_tokens"] == [5]
+    text = "Concurrency,Inferences/Second,Response Throughput,p50 latency,p99 latency\n4,10,50,2000,3000\n"
+    found = witness.figures(text, workload)
+    assert found == {"tok/s": 50, "req/s": 10, "responses/s": 50, "p50": 2, "p99": 3}
