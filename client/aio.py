@@ -9,12 +9,11 @@ from contextlib import suppress
 from typing import Protocol
 
 import grpc
-from tritonclient.grpc import service_pb2
 
 from client.channel import Endpoint, connect_async
 from client.errors import Cancelled, Error
 from client.limits import Attempts, Limits
-from client.transport import Opener, Request, Response, opener, stamp_timeout, translate, unwrap
+from client.transport import Message, Opener, Request, Response, opener, stamp_timeout, translate, unwrap
 
 
 class AsyncResponses(Protocol):
@@ -71,7 +70,7 @@ class AsyncGrpcResponses:
     def __init__(self, transport: AsyncGrpcTransport, request: Request, attempts: Attempts) -> None:
         self._transport, self._request, self._attempts = transport, request, attempts
         self._call: grpc.aio.Call | None = None
-        self._messages: AsyncIterator[service_pb2.ModelStreamInferResponse] | None = None
+        self._messages: AsyncIterator[Message] | None = None
         self._begun = self._closed = False
 
     def __aiter__(self) -> AsyncGrpcResponses:
@@ -119,7 +118,7 @@ class AsyncGrpcResponses:
         except grpc.RpcError as error:
             raise translate(error, self._attempts, self._address) from None
 
-    def _open(self) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+    def _open(self) -> AsyncIterator[Message]:
         left = self._attempts.remaining()
         stamp_timeout(self._request, left)
         call = self._transport.opener(self._attempts.address)

@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -157,7 +157,7 @@ class GrpcResponses:
 
 
 def opener(channel: Any, streamed: bool) -> Opener:
-    """For a channel, blocking or not. ModelInfer's one message is read as a stream's: on the wire they are alike."""
+    """For a channel, blocking or not. ModelInfer's one message is read as a stream's."""
     if streamed:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         return lambda request, **how: stub.ModelStreamInfer(iter((request,)), **how)
@@ -169,8 +169,18 @@ def opener(channel: Any, streamed: bool) -> Opener:
     return made
 
 
-def _alone(message: bytes) -> service_pb2.ModelStreamInferResponse:
-    return service_pb2.ModelStreamInferResponse(infer_response=Response.FromString(message))
+class Alone(NamedTuple):
+    """ModelInfer's only message, read as a stream's; a message of protobuf in its place would copy all tensors."""
+
+    infer_response: Response
+    error_message: str = ""
+
+
+Message: TypeAlias = service_pb2.ModelStreamInferResponse | Alone
+
+
+def _alone(message: bytes) -> Alone:
+    return Alone(Response.FromString(message))
 
 
 def stamp_timeout(request: Request, seconds: float | None) -> None:
@@ -179,7 +189,7 @@ def stamp_timeout(request: Request, seconds: float | None) -> None:
         request.parameters["timeout"].int64_param = max(1, round(seconds * 1e6))
 
 
-def unwrap(message: service_pb2.ModelStreamInferResponse, address: str) -> Response:
+def unwrap(message: Message, address: str) -> Response:
     """The response inside. A failed request's error stands in its message, and the call's own status is OK."""
     if message.error_message:
         raise failure("INTERNAL", message.error_message, address)
