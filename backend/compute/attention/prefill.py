@@ -35,15 +35,17 @@ class Shape:
 
 
 SHAPE = Shape()
-WIDE = Shape(rows=32, columns=32, warps=4, stages=2)
-"""For float32, which has no matrix units here, and heads of more than 128."""
+WIDE = Shape(rows=64, columns=32, warps=4)
+"""For heads of more than 128."""
+PLAIN = Shape(rows=32, columns=32, warps=4, stages=2)
+"""For float32, which is multiplied without matrix units."""
 
 
 def prefill(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule) -> None:
     """Fills `output` [tokens, heads, dim] for the chunks of several tokens; query alike, kv as in the cache."""
     (_, heads, dim), kv_heads = query.shape, kv.shape[3]
     group = heads // kv_heads
-    shape = WIDE if dim > 128 or query.dtype == torch.float32 else SHAPE
+    shape = _shape(query)
     rows = max(shape.rows, triton.next_power_of_2(group))
     tokens = rows // group
     tiles = step.once(("tiles", tokens), lambda: _tiles(step, tokens))
@@ -55,6 +57,12 @@ def prefill(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule) -
         TOKENS=tokens, WINDOWED=bool(rule.window), CAPPED=bool(rule.softcap), SINKS=rule.sinks is not None,
         PRECISION=precision(query.dtype), STAGES=shape.stages, num_warps=shape.warps, maxnreg=shape.registers,
     )  # fmt: skip
+
+
+def _shape(query: Tensor) -> Shape:
+    if query.dtype == torch.float32:
+        return PLAIN
+    return WIDE if query.shape[2] > 128 else SHAPE
 
 
 def _tiles(step: Step, tokens: int) -> Tensor:
