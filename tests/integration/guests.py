@@ -15,14 +15,16 @@ def guest(served, task, name, folder, **parameters):
     """A model that is loaded, and afterwards unloaded to its last process."""
     given = {"model": str(folder), **{key: str(value) for key, value in parameters.items()}}
     repository.write(served.repository, task, name, given)
-    with served.control() as control:
-        try:
+    try:
+        with served.control() as control:
             control.load(name, 180)
-            yield name
-            control.unload(name, 60)
-            control.wait_gone(name, 60)
-        finally:
-            shutil.rmtree(served.repository / name)
+            try:
+                yield name
+            finally:
+                control.unload(name, 60)
+                control.wait_gone(name, 60)
+    finally:
+        shutil.rmtree(served.repository / name)
 
 
 def tritonserver(served):
