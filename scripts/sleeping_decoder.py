@@ -25,13 +25,12 @@ EXAMPLES = range(300, 20300)
 
 
 class SleepingDecoder:
-    """Knows when the device that it plays will be free, and how long it has waited for work."""
+    """Knows when the device that it plays will be free."""
 
     def __init__(self, birth: Birth, progress: Callable[[str], None]) -> None:
         self._step = float(os.environ[STEP]) / 1e3
         self._size = birth.config.block_size
         self._free_at = 0.0
-        self._idle, self._busy, self._steps = 0.0, 0.0, 0
         self._chance = np.random.default_rng(birth.rank)
 
     def capacity(self) -> Capacity:
@@ -43,19 +42,9 @@ class SleepingDecoder:
     def warm_up(self) -> None:
         pass
 
-    def idle(self) -> tuple[float, float, int]:
-        """Since the last call: seconds without work (pauses from 0.2 s on are nobody's fault), at work, and steps."""
-        found = self._idle, self._busy, self._steps
-        self._idle, self._busy, self._steps = 0.0, 0.0, 0
-        return found
-
     def step(self, plan: Plan) -> Deferred:
-        now = time.monotonic()
-        wait = now - self._free_at
-        self._idle += wait if 0 < wait < 0.2 else 0.0
         seconds = self._step + PROMPT_TOKEN * (len(plan.input_ids) - len(plan.rows))
-        self._busy, self._steps = self._busy + seconds, self._steps + 1
-        due = self._free_at = max(now, self._free_at) + seconds
+        due = self._free_at = max(time.monotonic(), self._free_at) + seconds
         token_ids = self._chance.choice(EXAMPLES, len(plan.rows)).astype(np.int32)
         logprobs = np.zeros(len(plan.rows), np.float32) if plan.sampling.logprobs else None
 

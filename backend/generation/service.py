@@ -22,7 +22,7 @@ from backend.ranks.group import Report
 
 SENDERS = 4
 """A send waits for Triton's answer with the interpreter free for others."""
-TOKENISERS = 4
+TOKENISERS = 8
 RESPONSES = 4000.0
 """Responses a second, over all streams: sends cost 100 to 300 µs each, and share the interpreter with the engine."""
 CANCEL_POLL = 0.1
