@@ -167,6 +167,28 @@ def test_linear_sizes(dtype: torch.dtype, tokens: int, outputs: int, width: int)
     made.check("n", "silu")
 
 
+@DTYPES
+@pytest.mark.parametrize("tokens", [17, 25, 32])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_linear_of_more_tokens_than_one_tile_of_sixteen(
+    dtype: torch.dtype, tokens: int, activation: str | None
+) -> None:
+    made = Product(dtype, tokens, 40, 200, tokens)
+    for chosen in SHAPES[1:]:
+        made.check("brn", activation, chosen)
+
+
+@DTYPES
+def test_linear_keeps_the_norm_apart_or_inside_as_the_shape_says(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Product(dtype, 4, 64, 512)
+    for chosen in (Shape(64, 256, 4, 2), Shape(64, 128, 4, 2), Shape(64, 128, 4, 2, 2)):
+        monkeypatch.setattr(small_linear, "shape", lambda *_, chosen=chosen: chosen)
+        made.check("n", None)
+        made.check("rn", "silu")
+
+
 @pytest.mark.parametrize("activation", [None, "gelu", "relu"])
 def test_large_values_times_weights_do_not_leave_float16(activation: str | None) -> None:
     made = Product(torch.float16, 2, 32, 256)

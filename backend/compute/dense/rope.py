@@ -35,7 +35,7 @@ def roped(
     _rope_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, HEADS_PER_PROGRAM))](
         output, kv, qkv, cos, sin, slots, query_norm, key_norm, eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, TURNING=cos.shape[1], BLOCK=triton.next_power_of_2(dim),
-        TILE=HEADS_PER_PROGRAM, num_warps=1 if dim <= 128 else 2,
+        TILE=HEADS_PER_PROGRAM, num_warps=HEADS_PER_PROGRAM // 4 * (1 if dim <= 128 else 2),
     )  # fmt: skip
     return output
 

@@ -1,4 +1,4 @@
-"""Matrix products of up to 16 tokens as OpenAI-Triton kernels: memory's speed is their limit.
+"""Matrix products of up to 32 tokens as OpenAI-Triton kernels: memory's speed is their limit.
 
 Each program streams some rows of the weights, which are read once, past inputs that stay in the caches. They know
 neither the rule that shapes them nor what the product is for.
@@ -55,21 +55,21 @@ def vector_kernel(
 def matrix_kernel(
     result, all_sums, all_squares, x, weight, bias, residual, gain, eps, outputs, tokens,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Two to sixteen tokens, padded to sixteen: the weights' rows are the rows of the product, tokens its columns."""
+    """Several tokens, padded to TOKENS: the weights' rows are the rows of the product, tokens its columns."""
     SHARE: tl.constexpr = (WIDTH + COLUMNS * SPLITS - 1) // (COLUMNS * SPLITS) * COLUMNS
     EVEN: tl.constexpr = WIDTH % (COLUMNS * SPLITS) == 0
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.arange(0, 16)
+    token = tl.arange(0, TOKENS)
     live = token < tokens
     columns = tl.program_id(1) * SHARE + tl.arange(0, COLUMNS)
     weights = weight + _rows(row, outputs)[:, None] * WIDTH + columns[None, :]
     gated_weights = weight + (_rows(row, outputs) + outputs)[:, None] * WIDTH + columns[None, :]
     inputs = x + token[:, None] * WIDTH + columns[None, :]
-    sums = tl.zeros([ROWS, 16], tl.float32)
-    gate_sums = tl.zeros([ROWS, 16], tl.float32)
-    squares = tl.zeros([16], tl.float32)
+    sums = tl.zeros([ROWS, TOKENS], tl.float32)
+    gate_sums = tl.zeros([ROWS, TOKENS], tl.float32)
+    squares = tl.zeros([TOKENS], tl.float32)
     for start in tl.range(0, SHARE, COLUMNS, num_stages=STAGES):
         inside = columns < WIDTH - start
         known = live[:, None] if EVEN else live[:, None] & inside[None, :]

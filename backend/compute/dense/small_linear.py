@@ -1,4 +1,4 @@
-"""Matrix products with norm, bias, gate and residual: launches small_kernels.py up to 16 tokens, else the library's.
+"""Matrix products with norm, bias, gate and residual: launches small_kernels.py for few tokens, else the library's.
 
 Which of the two, and in what programs, is shape.py's business.
 """
@@ -17,6 +17,8 @@ from backend.compute.dense.shape import Shape, shape
 from backend.compute.dense.small_kernels import join_kernel, matrix_kernel, vector_kernel
 
 SMALL = 16
+MOST = 32
+"""Tokens that by_shape takes. Beyond SMALL nothing has been measured yet that would be better than the library."""
 
 
 def linear(
@@ -58,7 +60,7 @@ def by_shape(
 ) -> Tensor:
     """The same in programs of this shape."""
     tokens, width = x.shape
-    assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == width and tokens <= SMALL
+    assert x.is_contiguous() and weight.is_contiguous() and weight.shape[1] == width and tokens <= MOST
     if norm is not None and tokens > 1 and x.dtype == torch.float16:
         x, norm = normed(x, None, *norm), None  # x * weight, not yet scaled, can leave float16's range
     outputs = len(weight) if activation is None else len(weight) // 2
@@ -81,7 +83,8 @@ def by_shape(
     matrix_kernel[(programs, chosen.splits)](
         result, sums, squares, x, weight, bias, residual, gain, eps, outputs, tokens,
         WIDTH=width, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=chosen.stages, SPLITS=chosen.splits,
-        ACTIVATION=kind, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=chosen.warps,
+        ACTIVATION=kind, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", TOKENS=16 if tokens <= 16 else MOST,
+        num_warps=chosen.warps,
     )  # fmt: skip
     if chosen.splits > 1:
         join_kernel[(triton.cdiv(outputs, 512), tokens)](
