@@ -93,24 +93,32 @@ class Block:
     def __init__(self, layer: int, parts: Parts, rule: Rule, world: int, device: torch.device) -> None:
         self._layer, self._parts, self._rule, self._world = layer, parts, rule, world
         self._ops: Ops = ops(device.type)
+        self.following: Block | None = None
+        """The block that gets this one's last product, to add it in the kernel of its first norm."""
+        self._pending: Tensor | None = None
 
     def __call__(self, hidden_states: Tensor, *, position_embeddings: Any, step: Step, **_: Any) -> Tensor:
-        """# [1, tokens, hidden] -> the same"""
+        """# [1, tokens, hidden] -> the same, less what the following block will add"""
         hidden = hidden_states[0]
         before_attention, after_attention, before_mlp, after_mlp = self._parts.norms
-        attended = self._attend(hidden, before_attention, position_embeddings, step)
+        pending, self._pending = self._pending, None
+        attended = self._attend(hidden, pending, before_attention, position_embeddings, step)
         update = self._normed(
             self._out(self._parts.attention_out, attended, hidden, not after_attention), after_attention
         )
         update = self._normed(self._mlp(hidden, update, before_mlp, not after_mlp), after_mlp)
-        if update is not None:
+        if self.following:
+            self.following._pending = update
+        elif update is not None:
             hidden += update
         return hidden[None]
 
-    def _attend(self, hidden: Tensor, norm: Norm | None, rotation: tuple[Tensor, Tensor], step: Step) -> Tensor:
+    def _attend(
+        self, hidden: Tensor, update: Tensor | None, norm: Norm | None, rotation: tuple[Tensor, Tensor], step: Step
+    ) -> Tensor:
         """# [tokens, hidden] -> [tokens, heads * head dim]"""
         parts, merged = self._parts, self._parts.query_key_value.group
-        projected = self._project(hidden, None, norm, merged.weight, merged.bias)
+        projected = self._project(hidden, update, norm, merged.weight, merged.bias)
         cos, sin = (each[0] for each in rotation)
         kv = step.cache.layers[self._layer]
         query = self._ops.roped(projected, cos, sin, kv, step.kv_slots, parts.heads, parts.head_norms, parts.eps)
@@ -133,16 +141,12 @@ class Block:
 
     def _out(self, projection: Any, values: Tensor, hidden: Tensor, plain: bool) -> Tensor | None:
         """The projection of all ranks' values, to be added to hidden; None where that is already done."""
-        alone = self._world == 1 and plain
-        if alone and len(values) <= self._ops.SMALL:
-            self._ops.linear(values, projection.weight, projection.bias, hidden, None, None)
-            return None
-        if alone and projection.bias is None:
-            hidden.addmm_(values, projection.weight.t())
-            return None
         if len(values) > self._ops.SMALL:
             found: Tensor = projection(values)
             return found
+        if self._world == 1 and plain:
+            self._ops.linear(values, projection.weight, projection.bias, hidden, None, None)
+            return None
         update = self._ops.linear(values, projection.weight, None, None, None, None)
         if self._world > 1:
             torch.distributed.all_reduce(update)
@@ -272,6 +276,7 @@ def install(model: Any, specs: list[LayerSpec], world: int, dtype: torch.dtype, 
         reasons.add("its result differs")
     for index in agreeing:
         layers[index].forward = blocks[index]
+        blocks[index].following = blocks[index + 1] if index + 1 in agreeing else None
     return _told(len(agreeing), len(layers), reasons)
 
 
