@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 from measuring.contenders import Engine, Server
 from measuring.figures import Trace, figures
+from measuring.floors import ceiling, device_name, workload_seconds
 from measuring.peers import Peer
+from measuring.shapes import Shape
 from measuring.witness import measured
 from measuring.workloads import Request, Workload
 
@@ -23,6 +25,8 @@ COLUMNS = ("tok/s", "req/s", "met/s", "ttft p50", "ttft p99", "tpot", "itl p50",
 RATES = COLUMNS[:3]
 SHARED = "0.25"
 """Of the free memory for each one's cache, where contenders share a device."""
+MOST_TOGETHER = 256
+"""Sequences in a step, as max_sequences is unless set."""
 REFERENCES = ("transformers", "continuous")
 
 
@@ -62,6 +66,7 @@ class Comparison:
         self._rounds: dict[tuple[str, str], list[dict[str, float]]] = {}
         self._memory: dict[str, float] = {}
         self._chance = random.Random(0)
+        self._limit = None if "device=cpu" in options.set else ceiling(device_name())
 
     def run(self) -> None:
         """All contenders at a time, in turn in each round; with --in-turn each alone, all its rounds at once."""
@@ -92,7 +97,19 @@ class Comparison:
     def _round(self, workload: Workload, contender: Contender) -> dict[str, float]:
         requests = workload.requests(self._chance)
         traces = contender.run(requests, workload.clients)
-        return figures(traces, [len(each.ids) for each in requests], [each.output for each in requests])
+        found = figures(traces, [len(each.ids) for each in requests], [each.output for each in requests])
+        if floor := self._floor(workload):
+            found["of floor"] = found["tok/s"] * floor / workload.output
+        return found
+
+    def _floor(self, workload: Workload) -> float | None:
+        """Seconds; None on devices without a known limit, and where requests come one after the other."""
+        if self._limit is None or any(each.at for each in workload.lengths):
+            return None
+        pairs = [(each.prompt, each.output) for each in workload.lengths]
+        together = workload.clients or min(len(pairs), MOST_TOGETHER)
+        shape, world = Shape.of(self._options.model), self._options.tensor_parallel
+        return workload_seconds(shape, pairs, together, workload.prefix, self._limit, world)
 
     def _about_server(self, contenders: dict[str, Contender]) -> None:
         server = contenders.get("server")
@@ -123,16 +140,22 @@ class Comparison:
         options = self._options
         about = f"dtype {options.dtype}, tp {options.tensor_parallel}, medians of {options.rounds}"
         print(f"\n{model(options)}, {about}, {versions()}\n")
-        heads = [column if column in RATES else f"{column} ms" for column in COLUMNS]
+        columns = [*COLUMNS, *(["of floor"] if self._limit else [])]
+        heads = [column if column in (*RATES, "of floor") else f"{column} ms" for column in columns]
         references = [name for name in self._names if name in REFERENCES or ":" in name]
         print("| " + " | ".join(["workload", "contender", *heads, *(f"of {name}" for name in references)]) + " |")
         print("|---" * (2 + len(heads) + len(references)) + "|")
         for workload, name in self._rounds:
-            cells = [f"{self._median(workload, name, column):.1f}" for column in COLUMNS]
+            cells = [self._cell(workload, name, column) for column in columns]
             ratios = [self._ratio(workload, name, reference) for reference in references]
             print("| " + " | ".join([workload, name, *cells, *ratios]) + " |")
         if self._memory:
             print("\nprivate memory, MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in self._memory.items()))
+
+    def _cell(self, workload: str, name: str, column: str) -> str:
+        if column not in self._rounds[workload, name][0]:
+            return ""
+        return f"{self._median(workload, name, column):.{2 if column == 'of floor' else 1}f}"
 
     def _median(self, workload: str, name: str, column: str) -> float:
         return statistics.median(result[column] for result in self._rounds[workload, name])

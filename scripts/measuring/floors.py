@@ -6,6 +6,7 @@ their attention's arithmetic, on every one of the ranks that share the work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from measuring.shapes import Shape
@@ -32,6 +33,17 @@ def ceiling(device_name: str) -> Ceiling | None:
     return H100 if "H100" in device_name else None
 
 
+def device_name() -> str:
+    """The first GPU's, without a CUDA context in this process; empty where there is none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+    except Exception:
+        return ""
+
+
 Chunk = tuple[int, int]
 """New tokens of one sequence in a step, and its length once they are computed."""
 
@@ -49,6 +61,23 @@ def _attention(shape: Shape, chunks: list[Chunk], limit: Ceiling, itemsize: int)
     read = sum(length for new, length in chunks if new == 1) * shape.kv_elements * itemsize
     pairs = sum(new * (length - new) + new * new / 2 for new, length in chunks if new > 1)
     return read / limit.bandwidth + 4 * shape.layers * shape.heads * shape.head_dim * pairs / limit.flops
+
+
+def workload_seconds(
+    shape: Shape, lengths: Sequence[tuple[int, int]], together: int, prefix: int, limit: Ceiling, world: int = 1
+) -> float:
+    """The least time for (prompt, output) pairs, `together` at a time, all of whose prompts begin with the same tokens.
+
+    The same formula over the whole: weights are read once for every token of the longest, or of `together` in turn.
+    """
+    outputs = [output for _, output in lengths]
+    steps = max(*outputs, sum(outputs) / together)
+    tokens = sum(prompt - prefix + output - 1 for prompt, output in lengths) + prefix
+    weights = 2 * steps * (shape.layer_parameters + shape.head_parameters) / limit.bandwidth
+    linear = 2 * (shape.layer_parameters * tokens + shape.head_parameters * sum(outputs)) / limit.flops
+    prompts = [(prompt - prefix, prompt) for prompt, _ in lengths if prompt - prefix > 1]
+    read = sum((output - 1) * (prompt + output / 2) for prompt, output in lengths) * shape.kv_elements * 2
+    return (max(weights, linear) + read / limit.bandwidth + _attention(shape, prompts, limit, 2)) / world
 
 
 def decode_rate(shape: Shape, batch: int, context: int, limit: Ceiling, world: int = 1) -> float:

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from measuring import gpu_trace, shapes
-from measuring.floors import H100, H200, ceiling, decode_rate, step_seconds
+from measuring.floors import H100, H200, ceiling, decode_rate, step_seconds, workload_seconds
 from measuring.report import Report
 from measuring.schedules import Play, decodes, prefills
 from measuring.shapes import SHAPES, Shape
@@ -36,6 +36,19 @@ def test_floors_of_prefill_and_of_ranks():
     assert step_seconds(shape, [(8192, 8192)], H200) == pytest.approx(167e-3, rel=1e-2)
     assert step_seconds(shape, [(1024, 2048)], H200) > step_seconds(shape, [(1024, 1024)], H200)
     assert 2 * decode_rate(shape, 8, 1024, H200) == pytest.approx(decode_rate(shape, 8, 1024, H200, world=2))
+
+
+def test_the_floor_of_a_workload_is_that_of_its_steps():
+    shape = SHAPES["llama-3.1-8b"]
+    alone = workload_seconds(shape, [(1024, 256)] * 4, together=1, prefix=0, limit=H200)
+    steps = sum(step_seconds(shape, [(1, 1024 + token)], H200) for token in range(1, 257))
+    assert alone == pytest.approx(4 * steps, rel=0.01)
+    crowd = workload_seconds(shape, [(1000, 1000)] * 256, together=256, prefix=0, limit=H200)
+    steps = sum(step_seconds(shape, [(1, 1000 + token)] * 256, H200) for token in range(1, 1000))
+    prompts = 256 * step_seconds(shape, [(1000, 1000)], H200)
+    assert crowd == pytest.approx(steps + prompts, rel=0.02)
+    cached = workload_seconds(shape, [(2200, 200)] * 64, together=32, prefix=2000, limit=H200)
+    assert cached < 0.65 * workload_seconds(shape, [(2200, 200)] * 64, together=32, prefix=0, limit=H200)
 
 
 def test_which_ceiling():

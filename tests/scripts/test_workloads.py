@@ -213,6 +213,22 @@ def test_a_comparison_prints_medians_and_ratios(in_turn, monkeypatch, tmp_path, 
     assert len(lines) == 4 and {line["contender"] for line in lines} == set(contenders)
 
 
+def test_a_comparison_knows_the_share_of_the_floor(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "vocab_size": 128256}
+    ))  # fmt: skip
+    monkeypatch.setattr(comparison, "device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(comparison, "made", lambda name, options, alone: Contender(142))
+    options = argparse.Namespace(
+        contenders="engine", in_turn=False, rounds=1, json=None, witness=False, model=str(tmp_path), shape=None,
+        dtype="auto", tensor_parallel=1, set=[],
+    )  # fmt: skip
+    comparison.Comparison(options, streams([1], prompt=64, output=2000)).run()
+    said = capsys.readouterr().out
+    assert "itl p99 ms | of floor |" in said and "| 0.50 |" in said  # 142 of 284 tok/s, contexts of 1,064 at the mean
+
+
 def test_another_contender_has_other_parameters():
     options = argparse.Namespace(model="m", tensor_parallel=2, dtype="auto", set=["block_size=32"])
     assert comparison.parameters(options, alone=True)["block_size"] == "32"
