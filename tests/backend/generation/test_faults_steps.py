@@ -3,6 +3,7 @@
 import sys
 import time
 from array import array
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -44,6 +45,14 @@ def engine(tmp_path_factory):
 def tokens(engine, *ids):
     prompt = Prompt(array("i", ids), GREEDY)
     return [token for deltas in engine.run([prompt], timeout=60) for delta in deltas for token in delta.token_ids]
+
+
+def test_ranks_reach_each_other_over_loopback_alone(engine):
+    """docs/faults.md, 26."""
+    assert tokens(engine, 5, 6, 7)
+    found = [each for pid in engine.pids for each in psutil.Process(pid).net_connections("inet")]
+    addresses = [at.ip for each in found for at in (each.laddr, each.raddr) if at]
+    assert addresses and [ip for ip in addresses if not ip_address(ip.removeprefix("::ffff:")).is_loopback] == []
 
 
 @pytest.mark.parametrize(
