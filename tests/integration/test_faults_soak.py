@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 from guests import guest, memory, tritonserver
-from serving import eventually
+from serving import eventually, gone
 
 from backend import samples
 from client import InvalidInput, Unavailable
@@ -97,8 +97,10 @@ def test_soak(served, tiny):
             running = [threads.submit(client.run, begin + SECONDS) for client in clients]
             time.sleep(SECONDS / 4)
             before, family = held(served, name), [tritonserver(served), *served.family(name)[1]]
+            said = len(served.said)
             family[-1].kill()
-            eventually(lambda: (found := served.family(name)) and found[1] and found[1] != family[1:], 90)
+            assert gone(family[-1:]) == []
+            eventually(lambda: f"{name} | ready in" in served.said[said:], 120)
             time.sleep(max(0.0, SECONDS / 2 - (time.monotonic() - begin)))
             watched = [tritonserver(served), served.family(name)[0], *served.family(name)[1]]
             then, files = memory(*watched), [process.num_fds() for process in watched]
