@@ -12,7 +12,9 @@ from backend.compute.diffusion import Diffusion
 from backend.compute.diffusion_compile import Compiled, fuse
 from backend.compute.diffusion_pipeline import denoiser_of
 from backend.config import EngineConfig
+from backend.ranks.group import RankGroup
 from backend.ranks.rank import Birth
+from backend.tasks.text_to_image import TextToImage
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
@@ -39,12 +41,15 @@ def made(folder, say=print, **changes):
     return Diffusion(Birth("", config, 0, 1, "", 0), say)
 
 
-def draw(worker, count, **given):
-    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, **given}
-    answer = worker.forward(
-        dict(prompts=PROMPTS[:count], seeds=[1, 2, 3][:count], negative_prompts=None, images=None, masks=None,
-             settings=settings)
+def asked(count, **given):
+    return dict(
+        prompts=PROMPTS[:count], seeds=[1, 2, 3][:count], negative_prompts=None, images=None, masks=None,
+        settings={"num_inference_steps": 2, "guidance_scale": 3.0, **given},
     )  # fmt: skip
+
+
+def draw(worker, count, **given):
+    answer = worker.forward(asked(count, **given))
     return np.stack([image for image, _ in (answer() if callable(answer) else answer)])
 
 
@@ -126,3 +131,20 @@ def test_compiled_on_cuda(kind, tmp_path):
     for count in (1, 3, 2):
         found, expected = (draw(worker, count).astype(int) for worker in workers)
         assert np.abs(found - expected).max() <= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none")
+def test_two_gpus_draw_what_one_does(folder):
+    given = {"device": "cuda", "dtype": "float32"}
+    alone = made(folder, **given, compile=False)
+    group = RankGroup(EngineConfig(model=str(folder), tensor_parallel=2, **given), TextToImage.worker, print)
+    group.start()
+    try:
+        group.call("warm_up", timeout=300)
+        for count in (1, 2, 3):
+            answers = group.call("forward", asked(count), timeout=120)
+            images = [next(each for each in ranks if each is not None)[0] for ranks in zip(*answers, strict=True)]
+            assert np.abs(np.stack(images).astype(int) - draw(alone, count)).max() <= 4
+    finally:
+        group.close()

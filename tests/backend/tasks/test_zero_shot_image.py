@@ -63,16 +63,15 @@ def test_answers_are_the_pipelines_whoever_shares_the_batch(folder):
     assert expected[0][0]["score"] - expected[0][-1]["score"] > 0.01, "all labels alike would show nothing"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_several_ranks_answer_as_one_does(folder, ranks):
-    """Four heads are shared by two ranks; by three they are not, so each has the whole model."""
-    rows = [row(file(picture(0))), row(file(picture(1, 20, 90)), LABELS[:2])]
-    with served("zero_shot_image", folder) as ask:
-        (one,) = ask.together(rows)
-    with served("zero_shot_image", folder, tensor_parallel=ranks) as ask:
-        (several,) = ask.together(rows)
-    assert several["label"].tolist() == one["label"].tolist()
-    np.testing.assert_allclose(several["score"], one["score"], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("heads", [4, 1])
+def test_two_ranks_answer_as_one_does(heads, tmp_path):
+    """Four heads are shared by the ranks; a single one is not, so each rank has the whole model."""
+    made = write_clip(tmp_path, heads)
+    pipe = transformers.pipeline("zero-shot-image-classification", model=str(made), device="cpu")
+    images = [picture(0), picture(1, 20, 90)]
+    with served("zero_shot_image", made, tensor_parallel=2) as ask:
+        (found,) = ask.together([row(file(image)) for image in images])
+    same(found, [pipe(image, candidate_labels=LABELS) for image in images])
 
 
 def same(outputs, expected):
