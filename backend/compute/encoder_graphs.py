@@ -11,15 +11,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.compute.packed_attention import Spread
+from backend.compute.token_buckets import Bucket, stepped
 
 MOST = 256
 """Graphs that are kept."""
@@ -28,69 +27,12 @@ SEEN = 512
 MEMORY = 4 << 30
 """Bytes of device memory after which no more are captured."""
 
-_STEPS = 8
-_TOKENS, _LONGEST, _SEQUENCES = 128, 128, 8
-"""The least of each; attention works in blocks of 128 tokens, so a smaller bound on the length gains nothing."""
-
 Stack = Callable[[list[Any], list[Tensor], Spread], Tensor]
 """Calls, values [1, tokens, ...] and where sequences lie -> hidden [1, tokens, hidden]."""
 Fill = Callable[[list[Tensor]], None]
 Replay = Callable[[], None]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """What a graph is made for."""
-
-    tokens: int
-    longest: int
-    sequences: int
-
-    @classmethod
-    def of(cls, lengths: NDArray[np.int64]) -> Bucket:
-        """The smallest that these sequences fit in, together with those that fill it up.
-
-        Those are an eighth of the tokens at most, from 1,024 tokens on.
-        """
-        count, longest = int(lengths.sum()), _doubled(int(lengths.max()), _LONGEST)
-        tokens = _stepped(count)
-        fillers = -(-(tokens - count) // longest)
-        return cls(tokens, longest, _doubled(len(lengths) + fillers, _SEQUENCES))
-
-    def starts(self, lengths: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Where each sequence begins, then those that fill up, none too long, and empty ones.  # [sequences + 1]"""
-        starts = np.full(self.sequences + 1, self.tokens, np.int32)
-        ends = np.cumsum(lengths)
-        fillers = np.arange(ends[-1] + self.longest, self.tokens, self.longest)
-        starts[0], starts[1 : len(ends) + 1] = 0, ends
-        starts[len(ends) + 1 : len(ends) + 1 + len(fillers)] = fillers
-        return starts
-
-
-def _doubled(value: int, least: int) -> int:
-    """The first of `least` and the powers of two above it that is no less."""
-    return max(least, 1 << (value - 1).bit_length())
-
-
-def _stepped(value: int) -> int:
-    """The next of eight even steps between two powers of two."""
-    step = max(_TOKENS, (1 << (value - 1).bit_length()) // 2 // _STEPS)
-    return -(-value // step) * step
-
-
-def usual(most: int, longest: int) -> list[Bucket]:
-    """Buckets that full micro-batches of `most` tokens fall into, the largest first, and some of single texts.
-
-    Sorted by length and cut, a micro-batch has texts of half its longest one's length, or of a quarter.
-    """
-    full = _stepped(most)
-    bounds = [bound for bound in (128, 256, 512) if bound < 2 * longest]
-    kinds = [(bound, times * full // bound) for times in (2, 4) for bound in bounds] + [(128, 8 * full // 128)]
-    sizes = (full, full - max(_TOKENS, full // (2 * _STEPS)))
-    found = [Bucket(size, bound, _doubled(count, _SEQUENCES)) for size in sizes for bound, count in kinds if size > 0]
-    return [*dict.fromkeys(found + [Bucket.of(np.array([size])) for size in (512, 384, 256, 128) if size <= longest])]
 
 
 class StackGraphs:
@@ -107,7 +49,7 @@ class StackGraphs:
         agree: Callable[[bool], bool] = bool,
     ) -> None:
         """For micro-batches of `most` tokens, filled up, at most."""
-        self._stack, self._most, self._capture, self._agree = stack, _stepped(most), capture, agree
+        self._stack, self._most, self._capture, self._agree = stack, stepped(most), capture, agree
         self._graphs: OrderedDict[Bucket, Replay] = OrderedDict()
         self._seen: OrderedDict[Bucket, None] = OrderedDict()
         self._calls: list[Any] = []

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 from tiny_encoders import write
 
 from backend.compute.encoder import Encoder
-from backend.compute.encoder_graphs import Bucket, Capture
+from backend.compute.encoder_graphs import Capture
 from backend.compute.packed_attention import Spread
 from backend.compute.packing import Layout, Packing
+from backend.compute.token_buckets import Bucket
 from backend.config import EngineConfig
 from backend.ranks.rank import Birth
 from backend.tasks.service import Service
