@@ -87,6 +87,11 @@ class Parts:
     mlp: nn.Module
 
 
+def pays(device: torch.device) -> bool:
+    """Whether fused kernels are faster: on CPU the same operations in torch gain nothing."""
+    return device.type == "cuda"
+
+
 class Block:
     """Stands for a decoder layer's forward; its hidden states are changed in place."""
 

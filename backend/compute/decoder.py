@@ -44,7 +44,7 @@ class Decoder:
             torch.cuda.empty_cache()  # what merging projections let go of
         self._specs = probe(self._model, self._device)
         self._ops = ops(self._device.type)
-        self._fused = self._device.type == "cuda" and birth.config.fused_kernels
+        self._fused = birth.config.fused_kernels and blocks.pays(self._device)
         if self._fused:
             self._fuse()
         self._sampler = Sampler(self._checkpoint.vocab_size, self._config.max_sequences, self._device)

@@ -157,6 +157,27 @@ def test_two_ranks_give_the_tokens_of_generate(name: str, folders: Any, pair: Ra
     assert_equal(lambda plan: pair.call("step", plan)[0], config, given, reference(folders(name), given))
 
 
+@pytest.fixture(scope="module")
+def fused_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
+    """Two ranks whose layers are fused."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRITONSPEED_PYTHON", sys.executable)
+        environment.setenv("PYTHONPATH", str(FAKES))
+        config = EngineConfig(model=str(tmp_path_factory.mktemp("pair")), tensor_parallel=2)
+        group = RankGroup(config, "fused_decoding:FusedDecoders", lambda line: None)
+        group.start()
+    yield group
+    group.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen3", "gemma2", "smollm3", "mixtral"])
+def test_fused_layers_of_two_ranks_give_the_tokens_of_generate(name: str, folders: Any, fused_pair: RankGroup) -> None:
+    given, config = prompts(), settings(folders(name), tensor_parallel=2)
+    fused_pair.call("open", config, NUM_BLOCKS)
+    assert fused_pair.call("blocks") == [1 if name == "smollm3" else 2] * 2
+    assert_equal(lambda plan: fused_pair.call("step", plan)[0], config, given, reference(folders(name), given))
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_scaled_rope_as_far_as_neighbours_cannot_change_it(name: str, tmp_path: Path) -> None:
     family, rope, longest = ROPES[name]
