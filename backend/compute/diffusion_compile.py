@@ -65,6 +65,7 @@ class Compiled:
         self._plain, self._name, self._say = model.forward, name, say
         self._compiled = torch.compile(self._plain, dynamic=False, backend=backend)
         self._known: set[Any] = set()
+        self._beyond: set[Any] = set()  # numbers of rows that the compiler's guards turn down
         self._learning = True
         model.forward = self  # as the pipeline calls it
 
@@ -76,10 +77,17 @@ class Compiled:
         form = (str(shape), rows == 1, *(_beside(leaf, rows) for leaf in leaves))
         if self._learning and form not in self._known:
             return self._learn(form, rows, values, named)
-        if form not in self._known:
+        if form not in self._known or (form, rows) in self._beyond:
             return self._plain(*values, **named)
-        with torch.compiler.set_stance("eager_on_recompile"):
-            return self._compiled(*values, **named)
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                return self._compiled(*values, **named)
+        except RuntimeError as error:
+            if "recompile" not in str(error):
+                raise
+        self._beyond.add((form, rows))
+        self._say(f"{rows} rows of the {self._name} run as they are: what was compiled does not hold for them")
+        return self._plain(*values, **named)
 
     def settle(self) -> None:
         """Compile nothing from now on."""

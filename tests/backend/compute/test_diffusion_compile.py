@@ -95,6 +95,22 @@ def test_a_compiler_that_fails_is_told_and_the_model_runs_as_it_is():
     assert len([line for line in told if "the layer is not compiled" in line and "no compiler here" in line]) == 1
 
 
+def test_more_rows_than_a_compilation_holds_for_are_told_and_run_as_they_are():
+    class Narrow(Layer):
+        def forward(self, values):
+            return values.sin() if values.shape[0] < 64 else values.cos()
+
+    layer, counter, told = Narrow(), CompileCounter(), []
+    compiled = Compiled(layer, "layer", told.append, counter)
+    layer(torch.ones(2, 3))
+    compiled.settle()
+    for rows in (63, 64, 64, 65):
+        values = torch.ones(rows, 3)
+        torch.testing.assert_close(layer(values), values.sin() if rows < 64 else values.cos())
+    assert counter.frame_count == 1
+    assert [line.split()[0] for line in told if "does not hold for them" in line] == ["64", "65"]
+
+
 @pytest.mark.parametrize("wrong", [1.5, float("nan")])
 def test_a_compiled_model_that_computes_something_else_is_not_used(wrong):
     def distorting(graph, inputs):
