@@ -40,7 +40,7 @@ class EngineConfig:
     max_sequences: int = 256
     """Sequences that run together."""
     step_tokens: int = 0
-    """Token budget of a step, or of a task's micro-batch; 0: on CUDA 2048 (tasks: 16384), on CPU 512 (tasks: 1024)."""
+    """Token budget of a step, or of a task's micro-batch; 0: on CUDA 2048 (tasks: 16384), on CPU 512."""
     max_waiting: int = 1024
     """Sequences that may wait; one more is refused (Overloaded)."""
     prefix_cache: bool = True

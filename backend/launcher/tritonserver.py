@@ -177,7 +177,6 @@ def environment(cache: Path, inherited: Mapping[str, str] = os.environ) -> dict[
         "OMP_NUM_THREADS": "1",  # for the stub; each rank sets its own number
         "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),  # else in the folder for temporary files
-        "TOKENIZERS_PARALLELISM": "false",
         **inherited,
         "PATH": f"{folder}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",

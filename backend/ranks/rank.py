@@ -44,6 +44,10 @@ Deferred = Callable[[], Any]
 """An answer that a worker gives before it is known: calling it waits, and the next question is not kept waiting."""
 
 
+ROOM = 1 << 16
+"""Bytes that the socket takes in any case."""
+
+
 class Rank:
     """The loop of one rank process."""
 
@@ -58,16 +62,20 @@ class Rank:
 
     def run(self) -> None:
         """Answer until the parent closes its end."""
-        self._send("ok", None)
+        self._send(packed("ok", None))
         while True:
             method, arguments = pickle.loads(self._connection.recv_bytes())  # noqa: S301 (from our parent)
             kind, answer = attempt(lambda: getattr(self._worker, method)(*arguments))  # noqa: B023 (called at once)
             if kind == "ok" and callable(answer):
                 self._defer(partial(attempt, answer))
-            elif self._deferred != self._answered:  # it must not overtake an answer to an earlier question
+                continue
+            message = packed(kind, answer)
+            # It must not overtake an answer to an earlier question; and while a large one waits to be read, questions
+            # must still be taken: the parent may be about to send a large one too, and reads nothing meanwhile.
+            if self._deferred != self._answered or len(message) > ROOM:
                 self._defer(partial(tuple, (kind, answer)))
             else:
-                self._send(kind, answer)
+                self._send(message)
 
     def _defer(self, answer: Callable[[], tuple[str, Any]]) -> None:
         self._deferred += 1
@@ -75,14 +83,13 @@ class Rank:
 
     def _answer_deferred(self) -> None:
         while True:
-            self._send(*self._answers.get()())
+            self._send(packed(*self._answers.get()()))
             self._answered += 1
 
     def _progress(self, text: str) -> None:
-        self._send("progress", text)
+        self._send(packed("progress", text))
 
-    def _send(self, kind: str, value: Any) -> None:
-        message = packed(kind, value)
+    def _send(self, message: bytes) -> None:
         with self._lock:
             self._connection.send_bytes(message)
 

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -153,3 +154,14 @@ def test_ranks_die_with_their_parent(tmp_path):
         parent.kill()
     _gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=2)
     assert not alive
+
+
+def test_large_questions_and_large_answers_do_not_keep_each_other_waiting():
+    group = make(1, step_timeout=10)
+    group.start()
+    try:
+        for number in range(3):  # none is read while the next is sent
+            group.send("add", np.full(300_000, number), 1)
+        assert [group.receive(10)[0][0] for _ in range(3)] == [1, 2, 3]
+    finally:
+        group.close()
