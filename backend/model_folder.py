@@ -6,7 +6,6 @@ It knows neither torch nor whether the model can be served; nothing here reads a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -48,18 +47,29 @@ def resolve(model: str, root: Path | None) -> Path:
     """
     folder = (Path(model) if root is None else root / model).expanduser().resolve()
     if root is not None:
-        _check_inside([folder], root.resolve(), model)
+        _check_inside(folder, root.resolve(), model)
     if not folder.is_dir():
         raise LoadError(f"no such model folder: {folder}")
     if root is not None:
-        _check_inside(folder.iterdir(), root.resolve(), model)
+        _check_links(folder, root.resolve(), model)
     return folder
 
 
-def _check_inside(paths: Iterable[Path], root: Path, model: str) -> None:
-    for path in paths:
-        if not path.resolve().is_relative_to(root):
-            raise LoadError(f"model {model!r} leads out of the model root {root} ({path.name})")
+def _check_links(folder: Path, root: Path, model: str) -> None:
+    """In every folder below too, those behind links included, each once: links may make a loop."""
+    seen, left = {folder}, [folder]
+    while left:
+        for path in left.pop().iterdir():
+            if path.is_symlink():
+                _check_inside(path, root, model)
+            if path.is_dir() and (target := path.resolve()) not in seen:
+                seen.add(target)
+                left.append(target)
+
+
+def _check_inside(path: Path, root: Path, model: str) -> None:
+    if not path.resolve().is_relative_to(root):
+        raise LoadError(f"model {model!r} leads out of the model root {root} ({path.name})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class Pooling:
 
 def pooling_of(folder: Path, checkpoint: Checkpoint) -> Pooling:
     """LoadError for a module or a setting that is not honoured."""
-    modules = [(str(each["type"]).rsplit(".", 1)[-1], folder / each["path"]) for each in _modules(folder)]
+    modules = [_module(each, folder) for each in _modules(folder)]
     _check_order(folder, [name for name, _ in modules])
     where = dict(modules)
     stated = optional(where["Pooling"] / "config.json") if modules else {}
@@ -89,6 +89,17 @@ def _modules(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(found, list):
         raise LoadError(f"{path} must hold a JSON list")
     return found
+
+
+def _module(stated: Any, folder: Path) -> tuple[str, Path]:
+    """Its name and its folder, which must lie in the model's."""
+    given = stated if isinstance(stated, dict) else {}
+    name, path = given.get("type"), given.get("path")
+    if not isinstance(name, str) or not isinstance(path, str) or "\0" in path:
+        raise LoadError(f"{folder / 'modules.json'} must give each module's type and path")
+    if not (folder / path).resolve().is_relative_to(folder.resolve()):
+        raise LoadError(f"{folder / 'modules.json'}: the path {path!r:.80} leads out of the model's folder")
+    return name.rsplit(".", 1)[-1], folder / path
 
 
 def hidden(checkpoint: Checkpoint) -> int:

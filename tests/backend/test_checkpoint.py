@@ -197,6 +197,20 @@ def test_a_root_is_not_left(tmp_path: Path) -> None:
         resolve("a/model", root)
 
 
+@pytest.mark.parametrize("place", ["unet/weights", "unet", "linked/weights"])
+def test_a_link_deep_in_a_model_does_not_leave_the_root(tmp_path: Path, place: str) -> None:
+    root = tmp_path / "root"
+    model, outside = write(root / "model"), write(tmp_path / "outside")
+    (root / "beside").mkdir()
+    (model / "linked").symlink_to(root / "beside")
+    (model / "loop").symlink_to(model)
+    assert resolve("model", root) == model.resolve()
+    (model / place).parent.mkdir(exist_ok=True)
+    (model / place).symlink_to(outside)
+    with pytest.raises(LoadError, match="leads out of the model root"):
+        resolve("model", root)
+
+
 def test_the_environment_names_the_root(model: Path, host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITONSPEED_MODEL_ROOT", str(model.parent))
     assert check(EngineConfig(model="model")).model_type == "llama"
