@@ -118,10 +118,12 @@ def serve(options: argparse.Namespace) -> int:
         backends = tritonserver.link_backends(installation, folder / "backends")
         line = tritonserver.command(installation.executable, models, backends, ports, behaviour)
         (folder / "cwd").mkdir()  # the stubs' first place to import from: it must hold nothing
+        (folder / "tmp").mkdir()  # for what stubs that are killed would leave in the machine's own
         output = Output(run_folder.run() / f"{ports.grpc}.log", options.verbose)
         output.log.write_text("")
         stack.callback(leftovers.remove, os.getpid())
-        child = Child(line, tritonserver.environment(run_folder.cache()), folder / "cwd", output.read)
+        environment = tritonserver.environment(run_folder.cache(), folder / "tmp")
+        child = Child(line, environment, folder / "cwd", output.read)
         stack.callback(child.kill)
         return watch(child, output, ports, behaviour, models)
 

@@ -170,8 +170,11 @@ def _addresses(ports: Ports) -> list[str]:
     return [f"--{way}-{what}" for way, port in ways.items() for what in (f"address={ports.host}", f"port={port}")]
 
 
-def environment(cache: Path, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What stubs and ranks need: a stub takes its packages from the first python3 on PATH and knows no PYTHONPATH."""
+def environment(cache: Path, temporary: Path, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What stubs and ranks need: a stub takes its packages from the first python3 on PATH and knows no PYTHONPATH.
+
+    Files that they make for a while come to `temporary`, which the launcher removes.
+    """
     folder = str(Path(sys.executable).parent)
     return {
         "OMP_NUM_THREADS": "1",  # for the stub; each rank sets its own number
@@ -180,5 +183,6 @@ def environment(cache: Path, inherited: Mapping[str, str] = os.environ) -> dict[
         **inherited,
         "PATH": f"{folder}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
+        "TMPDIR": str(temporary),
         "TRITONSPEED_PYTHON": sys.executable,
     }

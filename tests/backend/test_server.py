@@ -141,6 +141,18 @@ def test_working_directory_is_empty(fake):
     assert list(Path(fake.log.read_text().split("\n")[1]).iterdir()) == []
 
 
+def test_temporary_files_go_with_the_server(fake, tmp_path):
+    launcher = fake("ready")
+    launcher.until("ready after")
+    (process,) = (psutil.Process(pid) for pid in started(fake)[:1])
+    folder = Path(process.environ()["TMPDIR"])
+    assert folder.parent.name == f"server-{launcher.process.pid}"
+    (folder / "left").mkdir()
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.end() == 0
+    assert not folder.exists()
+
+
 def test_failed_load_is_one_line_and_status_1(fake, tmp_path):
     launcher = fake("broken")
     assert launcher.end() == 1
@@ -318,7 +330,7 @@ def test_command_line(tmp_path):
 
 
 def test_stubs_get_this_python_first_on_path(tmp_path):
-    given = tritonserver.environment(tmp_path, {"PATH": "/usr/bin", "OMP_NUM_THREADS": "7"})
+    given = tritonserver.environment(tmp_path, tmp_path / "tmp", {"PATH": "/usr/bin", "OMP_NUM_THREADS": "7"})
     assert given["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert given["TRITONSPEED_PYTHON"] == sys.executable
     assert given["OMP_NUM_THREADS"] == "7"
