@@ -13,12 +13,14 @@ from torch import Tensor
 
 from backend.checkpoint import Checkpoint, dtype_name, resolve
 from backend.compute import blocks, norms, rope_table
+from backend.compute.attention import reference
 from backend.compute.attention.families import length_limit
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, bytes_per_block, probe
 from backend.compute.dense.base import ops
 from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
+from backend.compute.proof import check, plain_modules
 from backend.compute.sampler import BROKEN, Sampler
 from backend.compute.tensor_parallel import VocabParallelHead, join
 from backend.compute.upload import download, upload
@@ -90,8 +92,10 @@ class Decoder:
             rope_table.install(self._model, max_model_len, self._dtype, self._device)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """A prefill of the full budget, and a decode of every size that has a CUDA graph (else of one and of all)."""
+    def warm_up(self) -> float:
+        """A prefill of the full budget, a decode of every size that has a CUDA graph (else of one and of all), and the
+        output proof, whose difference it returns.
+        """
         config, longest = self._config, min(self._max_model_len, self._cache.num_blocks * self._config.block_size)
         self._run(prefill(config.step_tokens, longest, config.block_size, config.max_sequences))
         graphs = self._device.type == "cuda" and config.cuda_graphs
@@ -101,6 +105,35 @@ class Decoder:
                 self._graphs[size] = self._capture(size)
             self._run(decode(size))
             self._progress(f"warm-up: decode of {size} sequences, {done + 1} of {len(captured)}")
+        return self.prove()
+
+    @torch.inference_mode()
+    def prove(self) -> float:
+        """How far its logits are from those of plain torch on the same weights; LoadError where that is too far.
+
+        A prompt of some tokens and one more token; on CPU plain torch is what serves.
+        """
+        if not self._fused and not self._graphs:
+            return 0.0
+        with plain_modules(self._model):
+            plain = self._proof(reference, graphs=False)
+        ways = {"fused_kernels": self._proof(None, graphs=False)}
+        if self._graphs:
+            ways["cuda_graphs"] = self._proof(None, graphs=True)
+        found = check(ways, plain, self._dtype)
+        self._progress(f"output proof: logits within {found:.2g} of their spread of the plain computation's")
+        return found
+
+    def _proof(self, kernel: Any, graphs: bool) -> Tensor:
+        """Logits [2, vocabulary] after a made-up prompt and after one more token."""
+        count = min(24, self._max_model_len - 1)
+        ids = (np.arange(count + 1, dtype=np.int32) * 7919 + 13) % self._checkpoint.vocab_size
+        size = self._config.block_size
+        first = replace(prefill(count, count, size, 1), input_ids=ids[:count])
+        more = following(count, ids[count:], size)
+        before = self._logits(first, kernel)[0].clone()
+        after = self._graphs[min(self._graphs)].replay(more)[0] if graphs else self._logits(more, kernel)
+        return torch.stack([before, after[0]])
 
     def step(self, plan: Plan) -> Sampled | Deferred:
         """Compute the plan; the answer of rank 0 counts."""
@@ -122,12 +155,13 @@ class Decoder:
         self._last[slots[rows]] = token_ids.clamp(min=0)  # of a broken row too: the next step is already on its way
         return token_ids, logprobs
 
-    def _logits(self, plan: Plan) -> Tensor:
-        """[R, vocabulary], of the last token of each chunk that samples."""
+    def _logits(self, plan: Plan, kernel: Any = None) -> Tensor:
+        """[R, vocabulary], of the last token of each chunk that samples; `kernel` in place of the usual attention."""
         count = len(plan.rows)
         ids, slots = self._put(plan.input_ids), self._put(np.repeat(plan.slots, np.diff(plan.query_starts)))
         ends = self._put(plan.query_starts[1:][plan.rows] - 1 if count else np.zeros(1, np.int64)).long()
         step = Step.from_plan(plan, self._device, self._cache)
+        step = step if kernel is None else replace(step, kernel=kernel)
         known = self._known(ids.long(), slots.long())
         return self._forward(known, self._put(plan.positions).long(), step, ends)[:count]
 
@@ -206,6 +240,14 @@ def decode(sequences: int, costly: bool = False) -> Plan:
     wide = np.full(sequences, 0.9, np.float32)
     sampling = replace(plan.sampling, temperature=wide, top_p=wide, presence_penalty=wide, logprobs=True)
     return replace(plan, sampling=sampling)
+
+
+def following(before: int, ids: Ints, block_size: int) -> Plan:
+    """A step of one more token after `before` tokens in the first blocks."""
+    blocks = np.arange(-(-(before + 1) // block_size), dtype=np.int32)[None]
+    at, length = np.array([before], np.int32), np.array([before + 1], np.int32)
+    usual = made_up(np.ones(1, np.int32), blocks, block_size)
+    return replace(usual, input_ids=ids, positions=at, kv_slots=at.astype(np.int64), kv_lengths=length)
 
 
 def made_up(lengths: Ints, tables: Ints, block_size: int) -> Plan:

@@ -19,13 +19,14 @@ from backend.compute import decoder as decoders
 from backend.compute.cache import KVCache, LayerSpec
 from backend.compute.decoder import decode
 from backend.compute.graphs import Inputs, sizes
-from backend.generation.plan import LAST_TOKEN, Plan
+from backend.generation.plan import LAST_TOKEN
 from backend.generation.sequence import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 import families
 from decoding import local, play, sequence, settings
+from fused_decoding import Uncaptured
 
 
 @pytest.fixture(autouse=True)
@@ -61,23 +62,6 @@ def test_a_plan_is_laid_out_and_the_rest_is_padding() -> None:
     assert inputs.step.block_tables[:2, :2].tolist() == [[2, 3], [0, 0]]
     inputs.fill(decode(1))
     assert inputs.step.kv_slots.tolist() == [0, 24, 24, 24] and inputs.step.kv_lengths.tolist() == [1, 0, 0, 0]
-
-
-class Uncaptured:
-    """Computes the step of its inputs anew each time, where a graph would replay it."""
-
-    replays = 0
-
-    def __init__(self, forward: Any, inputs: Inputs, pool: Any) -> None:
-        self._forward, self._inputs = forward, inputs
-
-    def replay(self, plan: Plan) -> Any:
-        Uncaptured.replays += 1
-        self._inputs.fill(plan)
-        lengths = self._inputs.step.kv_lengths.numpy().copy()
-        step = replace(self._inputs.step, host_lengths=lengths, kept={})
-        logits, tokens = self._forward(self._inputs.ids, self._inputs.positions, self._inputs.slots, step)
-        return logits[: len(plan.rows)], tokens[: len(plan.rows)]
 
 
 @pytest.fixture(scope="module")

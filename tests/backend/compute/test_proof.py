@@ -1,0 +1,103 @@
+"""The output proof passes what is right, and names the part that is not."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+from backend.compute import proof
+from backend.compute.blocks import Block
+from backend.compute.graphs import sizes
+from backend.errors import LoadError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
+
+import families
+from decoding import settings
+from fused_decoding import FusedDecoders, Uncaptured
+
+from backend.compute import decoder as decoders
+from backend.config import EngineConfig
+from backend.ranks.rank import Birth
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    torch.set_num_threads(1)
+    with patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.write("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
+
+
+def opened(folder: Path, lines: list[str]) -> Any:
+    """A decoder with fused layers and whole steps, on CPU."""
+    rank = FusedDecoders(Birth("", EngineConfig(model=""), 0, 1, "", 0), lines.append)
+    config = settings(folder)
+    rank.open(config, 60)
+    decoder: Any = rank.decoder
+    with patch.object(decoders, "DecodeGraph", Uncaptured):
+        decoder._graphs = {size: decoder._capture(size) for size in sizes(config.max_sequences)}
+    return decoder
+
+
+def test_what_is_right_passes_and_is_told(folder: Path) -> None:
+    lines: list[str] = []
+    decoder = opened(folder, lines)
+    blocks = [module.forward for module in decoder._model.modules() if isinstance(module.forward, Block)]
+    assert decoder.prove() < 1e-4
+    assert "output proof: logits within" in lines[-1]
+    after = [module.forward for module in decoder._model.modules() if isinstance(module.forward, Block)]
+    assert blocks and blocks == after  # what stood aside for the plain computation is back
+
+
+def test_a_wrong_block_is_named(folder: Path) -> None:
+    decoder = opened(folder, [])
+    usual = Block._mlp
+
+    def wrong(self: Any, *given: Any) -> Any:
+        return (usual(self, *given), given[0].mul_(1.02))[0]
+
+    with patch.object(Block, "_mlp", wrong), pytest.raises(LoadError, match="set fused_kernels to false"):
+        decoder.prove()
+    decoder.prove()
+
+
+def test_a_wrong_graph_is_named(folder: Path) -> None:
+    decoder = opened(folder, [])
+
+    def stale(self: Any, plan: Any) -> Any:
+        return torch.zeros(1, families.VOCAB), torch.zeros(1, dtype=torch.int32)
+
+    with patch.object(Uncaptured, "replay", stale), pytest.raises(LoadError, match="set cuda_graphs to false"):
+        decoder.prove()
+
+
+def test_numbers_that_only_one_way_has_are_a_difference() -> None:
+    plain = torch.randn(2, 9)
+    broken = plain.clone()
+    broken[1, 3] = torch.nan
+    assert proof.difference(plain, plain) == 0 and proof.difference(broken, broken) == 0
+    assert proof.difference(broken, plain) == float("inf")
+    with pytest.raises(LoadError, match="output proof: with cuda_graphs"):
+        proof.check({"fused_kernels": plain, "cuda_graphs": broken}, plain, torch.bfloat16)
+
+
+def test_modules_compute_plainly_meanwhile() -> None:
+    layer: Any = nn.Linear(2, 2)
+    layer.forward = lambda x: x * 0
+    given = torch.ones(1, 2)
+    with proof.plain_modules(layer):
+        assert torch.equal(layer(given), nn.functional.linear(given, layer.weight, layer.bias))
+    assert not layer(given).any()
