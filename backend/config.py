@@ -56,7 +56,7 @@ class EngineConfig:
     """CPU threads of a rank; 0: the cores shared evenly among the ranks on CPU, 1 on CUDA."""
     default_max_tokens: int = 256
     max_prompt_bytes: int = 1 << 20
-    """All prompts of one request together (of token ids, their number)."""
+    """All prompts of one request together (of token ids, their number); of other tasks each text, or list of texts."""
     max_prompts: int = 64
     """Prompts in one request, times n."""
     max_texts: int = 256

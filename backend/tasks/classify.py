@@ -12,7 +12,7 @@ import numpy as np
 from backend.config import EngineConfig
 from backend.errors import ServingError
 from backend.tasks.labels import best, check_head, labels_of, scores, scoring
-from backend.tasks.task import Array, Row, decode, filled, number, text_of, texts
+from backend.tasks.task import Array, Row, filled, number, text_of, texts
 from backend.tasks.text import Piece, Texts, TextTask
 
 
@@ -42,9 +42,10 @@ class Classify(TextTask):
         self.scoring = scoring(self.checkpoint.config, len(self.labels))
 
     def parse(self, row: Row) -> Item:
-        text = text_of(row, "text")
+        limit = self.config.max_prompt_bytes
+        text = text_of(row, "text", limit)
         return Item(
-            (text, decode(row["text_pair"], "text_pair")) if "text_pair" in row else text,
+            (text, text_of(row, "text_pair", limit)) if "text_pair" in row else text,
             number(row, "top_k", len(self.labels), 1, 2**31 - 1),  # more than there are: all of them
             bool(row.get("raw_scores", False)),
             bool(row.get("truncate", True)),

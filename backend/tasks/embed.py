@@ -57,12 +57,12 @@ class Embed(TextTask):
             raise InvalidInput(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r:.80}")
         most = self.pooling.dimensions
         return Item(
-            text_of(row, "text"),
+            text_of(row, "text", self.config.max_prompt_bytes),
             bool(row.get("normalize", self.pooling.normalize)),
             bool(row.get("truncate", True)),
             number(row, "dimensions", self.pooling.stated_dimensions or most, 1, most),
             pooling,
-            self.prompt(decode(row["prompt"], "prompt") if "prompt" in row else None),
+            self.prompt(text_of(row, "prompt", self.config.max_prompt_bytes) if "prompt" in row else None),
         )
 
     def prompt(self, given: str | None) -> str:

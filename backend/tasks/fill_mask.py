@@ -51,7 +51,7 @@ class FillMask(TextTask):
 
     def parse(self, row: Row) -> Item:
         top_k = number(row, "top_k", min(5, self.most), 1, self.most)
-        return Item(text_of(row, "text"), top_k, bool(row.get("truncate", False)))
+        return Item(text_of(row, "text", self.config.max_prompt_bytes), top_k, bool(row.get("truncate", False)))
 
     def prepare(self, items: Sequence[Item]) -> list[list[Piece] | ServingError]:
         found = self.encode_truncated([item.text for item in items], [item.truncate for item in items])

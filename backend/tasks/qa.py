@@ -111,11 +111,9 @@ class QuestionAnswering(TextTask):
         )
 
     def _text(self, row: Row, name: str) -> str:
-        text, limit = text_of(row, name), self.config.max_prompt_bytes
+        text = text_of(row, name, self.config.max_prompt_bytes)
         if not text.strip():
             raise InvalidInput(f"{name} is empty")
-        if len(row[name]) > limit:
-            raise InvalidInput(f"{name} has {len(row[name])} bytes, the limit is {limit}")
         return text
 
     def prepare(self, items: Sequence[Item]) -> list[list[Piece] | ServingError]:

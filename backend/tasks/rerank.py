@@ -14,7 +14,7 @@ from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.model_folder import Checkpoint
 from backend.tasks.labels import best, check_head, labels_of, scores
-from backend.tasks.task import Array, Row, decode, filled, number, text_of
+from backend.tasks.task import Array, Row, check_bytes, filled, number, text_of, texts_of
 from backend.tasks.text import Piece, Texts, TextTask
 
 _ACTIVATIONS = {"Sigmoid": "sigmoid", "Identity": "none"}
@@ -49,14 +49,13 @@ class Rerank(TextTask):
         self.scoring = _scoring(self.checkpoint)
 
     def parse(self, row: Row) -> Item:
-        given = row.get("texts")
-        if not given:
-            raise InvalidInput("texts is missing or empty")
-        if len(given) > self.config.max_texts:
-            raise InvalidInput(f"texts has {len(given)} entries, the limit is {self.config.max_texts}")
+        limit = self.config.max_prompt_bytes
+        given = texts_of(row, "texts", self.config.max_texts, limit)
+        query = text_of(row, "query", limit)
+        check_bytes("query, repeated for each of texts,", [query] * len(given), limit)
         return Item(
-            text_of(row, "query"),
-            [decode(text, f"texts[{at}]") for at, text in enumerate(given)],
+            query,
+            given,
             number(row, "top_k", len(given), 1, 2**31 - 1),  # more than there are: all of them
             bool(row.get("raw_scores", False)),
             bool(row.get("truncate", True)),

@@ -52,17 +52,38 @@ class Task(Protocol):
         """A request's rows by output name, each [rows, ...]."""
 
 
-def text_of(row: Row, name: str) -> str:
-    """A required text; InvalidInput where it is missing or not UTF-8."""
+def text_of(row: Row, name: str, limit: int) -> str:
+    """A required text of so many bytes at most; InvalidInput where it is missing, longer or not UTF-8."""
     if name not in row:
         raise InvalidInput(f"{name} is missing")
-    return decode(row[name], name)
+    text = decode(row[name], name)
+    check_bytes(name, [row[name]], limit)
+    return text
+
+
+def texts_of(row: Row, name: str, most: int, limit: int) -> list[str]:
+    """A required list of `most` texts, of `limit` bytes together."""
+    given = row.get(name)
+    values = given if isinstance(given, list) else [] if given is None else [given]
+    if not values:
+        raise InvalidInput(f"{name} is missing or empty")
+    if len(values) > most:
+        raise InvalidInput(f"{name} has {len(values)} entries, the limit is {most}")
+    decoded = [decode(value, f"{name}[{at}]") for at, value in enumerate(values)]
+    check_bytes(name, values, limit)
+    return decoded
+
+
+def check_bytes(what: str, values: Sequence[bytes | str], limit: int) -> None:
+    """InvalidInput where they are longer than `limit` together."""
+    if (size := sum(map(len, values))) > limit:
+        raise InvalidInput(f"{what} has {size} bytes, the limit is {limit}")
 
 
 def decode(value: Any, name: str) -> str:
     """UTF-8 of a BYTES value."""
     try:
-        return bytes(value).decode() if not isinstance(value, str) else value
+        return value if isinstance(value, str) else str(value, "utf-8")
     except (UnicodeDecodeError, TypeError, ValueError):
         raise InvalidInput(f"{name} is not valid UTF-8") from None
 

@@ -128,9 +128,7 @@ class TextToImage:
         }
 
     def _text(self, row: Row, name: str) -> str:
-        text, limit = text_of(row, name), self.config.max_prompt_bytes
-        check(len(row[name]) <= limit, f"{name} has {len(row[name])} bytes, the limit is {limit}")
-        return text
+        return text_of(row, name, self.config.max_prompt_bytes)
 
     def _check(self, given: dict[str, Any]) -> None:
         """Sizes and limits that concern several values."""

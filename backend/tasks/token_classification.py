@@ -65,7 +65,7 @@ class TokenClassification(TextTask):
         aggregation = decode(row["aggregation"], "aggregation") if "aggregation" in row else "simple"
         if aggregation not in AGGREGATIONS:
             raise InvalidInput(f"aggregation must be one of {', '.join(AGGREGATIONS)}, not {aggregation!r:.80}")
-        return Item(text_of(row, "text"), aggregation, bool(row.get("truncate", True)))
+        return Item(text_of(row, "text", self.config.max_prompt_bytes), aggregation, bool(row.get("truncate", True)))
 
     def prepare(self, items: Sequence[Item]) -> list[list[Piece] | ServingError]:
         found = self.encode_truncated([item.text for item in items], [item.truncate for item in items])

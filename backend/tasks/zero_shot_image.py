@@ -18,7 +18,7 @@ from backend.errors import InvalidInput, LoadError, ServingError
 from backend.generation.tokenizer import Tokenizer
 from backend.model_folder import Checkpoint
 from backend.tasks.pictures import read
-from backend.tasks.task import Array, Row, decode, filled, texts
+from backend.tasks.task import Array, Row, check_bytes, filled, text_of, texts, texts_of
 
 TEMPLATE = "This is a photo of {}."
 FAMILIES = ("clip",)
@@ -59,11 +59,8 @@ class ZeroShotImage:
     def parse(self, row: Row) -> Item:
         if "image" not in row:
             raise InvalidInput("image is missing")
-        labels, template = self._labels(row), TEMPLATE
-        if "hypothesis_template" in row:
-            template = decode(row["hypothesis_template"], "hypothesis_template")
-        if "{}" not in template:
-            raise InvalidInput("hypothesis_template must hold {} in the label's place")
+        labels = self._labels(row)
+        template = self._template(row, len(labels)) if "hypothesis_template" in row else TEMPLATE
         pixels = read(row["image"], "image", "RGB", self.config.max_pixels)
         if max(pixels.shape[:2]) > NARROWEST * min(pixels.shape[:2]):
             raise InvalidInput(
@@ -71,15 +68,18 @@ class ZeroShotImage:
             )
         return Item(pixels, labels, [template.replace("{}", label) for label in labels])
 
+    def _template(self, row: Row, times: int) -> str:
+        limit = self.config.max_prompt_bytes
+        template = text_of(row, "hypothesis_template", limit)
+        if "{}" not in template:
+            raise InvalidInput("hypothesis_template must hold {} in the label's place")
+        check_bytes("hypothesis_template, repeated for each of labels,", [template] * times, limit)
+        return template
+
     def _labels(self, row: Row) -> list[str]:
-        given, most = row.get("labels", []), self.config.max_texts
-        labels = [decode(label, "labels") for label in (given if isinstance(given, list) else [given])]
-        if not labels or not all(labels):
-            raise InvalidInput("labels must be given, and none may be empty")
-        if len(labels) > most:
-            raise InvalidInput(f"labels are {len(labels)}, the limit is {most}")
-        if sum(map(len, labels)) > self.config.max_prompt_bytes:
-            raise InvalidInput(f"labels are longer than {self.config.max_prompt_bytes} together")
+        labels = texts_of(row, "labels", self.config.max_texts, self.config.max_prompt_bytes)
+        if not all(labels):
+            raise InvalidInput("labels: none may be empty")
         return labels
 
     def prepare(self, items: Sequence[Item]) -> list[list[Pictured] | ServingError]:

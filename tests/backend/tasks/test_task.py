@@ -5,16 +5,31 @@ import pytest
 
 from backend.errors import InvalidInput
 from backend.tasks import TASKS
-from backend.tasks.task import decode, filled, number, text_of, texts
+from backend.tasks.task import decode, filled, number, text_of, texts, texts_of
 
 
 def test_texts_are_utf8():
-    assert text_of({"text": "東京".encode()}, "text") == "東京"
+    assert text_of({"text": "東京".encode()}, "text", 6) == "東京"
     with pytest.raises(InvalidInput, match="text is missing"):
-        text_of({}, "text")
-    for value in (b"\xff\xfe", 3.5, None):
+        text_of({}, "text", 6)
+    with pytest.raises(InvalidInput, match="text has 7 bytes, the limit is 6"):
+        text_of({"text": "東京.".encode()}, "text", 6)
+    for value in (b"\xff\xfe", 3.5, None, 8):
         with pytest.raises(InvalidInput, match="text is not valid UTF-8"):
             decode(value, "text")
+
+
+def test_lists_of_texts_have_a_count_and_bytes_together():
+    assert texts_of({"labels": [b"ab", b"c"]}, "labels", 2, 3) == ["ab", "c"]
+    assert texts_of({"labels": b"ab"}, "labels", 2, 3) == ["ab"]
+    for value, reason in (
+        ([], "labels is missing or empty"),
+        ([b"a"] * 3, "labels has 3 entries, the limit is 2"),
+        ([b"ab", b"cd"], "labels has 4 bytes, the limit is 3"),
+        ([b"a", b"\xff"], r"labels\[1\] is not valid UTF-8"),
+    ):
+        with pytest.raises(InvalidInput, match=reason):
+            texts_of({"labels": value}, "labels", 2, 3)
 
 
 def test_numbers_have_bounds():
