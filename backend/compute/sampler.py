@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from backend.compute.sampling.noise import bits, gumbel, row_keys
+from backend.compute.sampling.parameters import parameters
 from backend.compute.upload import upload
 from backend.generation.plan import History, Longs, Sampling
 
+__all__ = ["BROKEN", "Sampler", "bits", "gumbel", "row_keys"]
+
 BROKEN = -1
 """The id answered for a row whose logits hold NaN or +inf, or in which nothing is left to choose."""
+
+Draw = Callable[[Tensor, Tensor], Tensor]
+"""Logits [S, V] and parameters int32 [S, WORDS] -> ids [S]; see sampling/draw.py."""
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -26,13 +34,18 @@ class Sampler:
     2019, arXiv:1909.05858), frequency and presence penalty over the completion (OpenAI's formula), temperature,
     top_k, top_p (Holtzman et al. 2019, arXiv:1904.09751) of what top_k left, min_p (Nguyen et al. 2024,
     arXiv:2407.01082). Tokens as likely as the last one kept are kept too. Ties in the choice go to the lowest id.
-    Nothing waits for the device: what to compute is decided from the numpy arrays of `Sampling`.
+    Nothing waits for the device: what to compute is decided from the numpy arrays of `Sampling`. On CUDA draws come
+    from the kernels that CUDA graphs may hold too, so that both choose the same tokens. CPU and CUDA round differently:
+    where less than about 1e-6 decides whether a token is kept or drawn, they may choose differently.
     """
 
     def __init__(self, vocab_size: int, max_sequences: int, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._counts = _Counts(vocab_size, max_sequences, self.device)
         self._ids = torch.arange(vocab_size, dtype=torch.int32, device=self.device)
+        self._kernels: Draw | None = None
+        if self.device.type == "cuda":
+            self._kernels = import_module("backend.compute.sampling.draw").draw  # needs OpenAI Triton
 
     def sample(
         self, logits: Tensor, sampling: Sampling, slots: NDArray[np.int32] | Tensor, histories: Iterable[History] = ()
@@ -45,16 +58,23 @@ class Sampler:
         for history in histories:
             self._counts.restart(history)
         scores = self._adjusted(logits, sampling, slots)
+        if self._kernels is not None and not sampling.greedy:
+            token_ids = self._kernels(scores, self._upload(parameters(sampling)))
+        else:
+            token_ids = self._chosen(scores, sampling)
+        if sampling.penalised:
+            self._counts.add(self._slots(slots), token_ids.clamp(min=0))
+        return token_ids, _logprobs(logits, token_ids.clamp(min=0)) if sampling.logprobs else None
+
+    def _chosen(self, scores: Tensor, sampling: Sampling) -> Tensor:
+        """Ids [R], BROKEN among them, by torch's operations."""
         best, token_ids = scores.max(dim=-1)
         if not sampling.greedy:
             drawn = np.flatnonzero(sampling.temperature)
             token_ids = self._on_rows(
                 drawn, lambda ids, scores, best: self._drawn(scores, best, sampling, drawn), token_ids, scores, best
             )
-        if sampling.penalised:
-            self._counts.add(self._slots(slots), token_ids)
-        logprobs = _logprobs(logits, token_ids) if sampling.logprobs else None
-        return token_ids.masked_fill_(~best.isfinite(), BROKEN), logprobs
+        return token_ids.masked_fill_(~best.isfinite(), BROKEN)
 
     def _adjusted(self, logits: Tensor, sampling: Sampling, slots: NDArray[np.int32] | Tensor) -> Tensor:
         """Logits less blocked ids and with penalties; the logits themselves are left as they are."""
@@ -115,51 +135,6 @@ class Sampler:
 
     def _upload(self, array: NDArray[Any]) -> Tensor:
         return upload(array, self.device)
-
-
-def row_keys(seeds: Longs, counters: Longs) -> NDArray[np.int32]:
-    """The two hash keys of each row's random numbers [2, R], from seed [R] and counter [R].
-
-    Twice the finaliser of SplitMix64 (Steele et al. 2014), on the host: R numbers only.
-    """
-    with np.errstate(over="ignore"):
-        state = _mix(_mix(seeds.astype(np.int64).view(np.uint64)) ^ counters.astype(np.int64).view(np.uint64))
-    return state.view(np.int32).reshape(-1, 2).T.copy()
-
-
-def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
-def bits(key: Tensor, other: Tensor, ids: Tensor) -> Tensor:
-    """31 random bits for each row and token id: int32 keys [G, 1], ids [V] -> int32 [G, V], never negative.
-
-    A 32-bit finaliser of two multiplications (the constants of Wellons' "lowbias32"), whose second key enters between
-    them, so that two rows never share their numbers in another order. Products wrap and shifts are
-    made unsigned by a mask: torch has no unsigned arithmetic.
-    """
-    mixed = ids ^ key
-    mixed ^= (mixed >> 16) & 0xFFFF
-    mixed *= 0x7FEB352D
-    mixed ^= (mixed >> 15) & 0x1FFFF
-    mixed ^= other
-    mixed *= 0x846CA68B - (1 << 32)
-    mixed ^= (mixed >> 16) & 0xFFFF
-    mixed &= 0x7FFFFFFF
-    return mixed
-
-
-def gumbel(key: Tensor, other: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32 [G, V]: -log(-log(1 - u)), u uniform.
-
-    The largest noise comes from the smallest u, where floats are dense: tokens of probability 1e-8 are still drawn
-    at their rate. u stays below 1, so that no noise is -inf and a single candidate is always chosen.
-    """
-    uniform = bits(key, other, ids).float().add_(0.5).mul_(-(2.0**-31)).clamp_(min=2.0**-24 - 1)
-    return uniform.log1p_().neg_().log_().neg_()
 
 
 def _penalised(scores: Tensor, prompt: Tensor, counts: Tensor, settings: Tensor) -> Tensor:

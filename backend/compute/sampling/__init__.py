@@ -1,0 +1,1 @@
+"""Drawing tokens from logits. Imports nothing, so that a machine without Triton can import any part."""
