@@ -119,6 +119,20 @@ def test_rules(dtype: torch.dtype, chunks: list[tuple[int, int]], rule: int) -> 
 
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("scale", [0.125, 0.09, 128**-0.5])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_see_nothing_of_a_tile(dtype: torch.dtype, scale: float, sinks: bool) -> None:
+    """A window far smaller than a tile's rows: most see nothing of the first columns, some rows nothing until late.
+
+    Several scales, since what a finite score for the unseen does to such rows depends on which way products round.
+    """
+    made = Fixture([(150, 70), (1, 200), (130, 0)], dtype, 64, 2, 2)
+    for window in (1, 5, 40):
+        made.check(Rule(scale, window, sinks=made.sinks if sinks else None))
+    made.check(Rule(scale, 3, 30.0, made.sinks if sinks else None))
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("chunks", [SHORT, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize(("dim", "block_size"), [(8, 16), (64, 1), (80, 16), (96, 32), (128, 16), (192, 7), (256, 16)])
 def test_head_sizes(dtype: torch.dtype, chunks: list[tuple[int, int]], dim: int, block_size: int) -> None:

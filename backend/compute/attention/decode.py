@@ -19,7 +19,19 @@ from torch import Tensor
 
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
-from backend.compute.attention.tiles import HIDDEN, LOG2E, absorbed, context, finished, jit, padded, precision, scored
+from backend.compute.attention.tiles import (
+    FLOOR,
+    HIDDEN,
+    LOG2E,
+    absorbed,
+    context,
+    counted,
+    finished,
+    jit,
+    padded,
+    precision,
+    scored,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +43,7 @@ class Shape:
     warps: int = 4
     stages: int = 5
     """Every two beyond the first are one tile in flight: the block numbers are a stage of their own."""
-    per_processor: int = 3
+    per_processor: int = 2
     """Programs to a multiprocessor; more than fit at once would run as a second wave."""
     least: int = 1
     """Tiles that are worth a program."""
@@ -64,7 +76,7 @@ def decode(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule) ->
 
 
 def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def _registers() -> int:
@@ -157,8 +169,8 @@ def _decode_kernel(
         else:
             slot = tl.program_id(0) * 2 + (first == 0).to(tl.int32)
             part = (slot * GROUP + rows)[:, None] * DIM + dims[None, :]
-            tl.store(partial + part, sums / total[:, None], mask=inside)
-            tl.store(weight + slot * GROUP + rows, top + tl.log2(total), mask=live)
+            tl.store(partial + part, sums / counted(total)[:, None], mask=inside)
+            tl.store(weight + slot * GROUP + rows, top + tl.log2(counted(total)), mask=live)
             tl.debug_barrier()  # all threads' stores come before the arrival is told
             from_program = pair // share
             to_program = (pair + count - 1) // share
@@ -190,7 +202,7 @@ def _weighed(
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the tiles from `first` to `last` of a pair."""
-    top = tl.full([ROWS], float("-inf"), tl.float32)
+    top = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED], tl.float32)
     begin = 0
@@ -220,7 +232,7 @@ def _join(
     dims = tl.arange(0, PADDED)
     live = rows < GROUP
     inside = live[:, None] & (dims < DIM)[None, :]
-    top = tl.full([GROUPS], float("-inf"), tl.float32)
+    top = tl.full([GROUPS], FLOOR, tl.float32)
     total = tl.zeros([GROUPS], tl.float32)
     sums = tl.zeros([GROUPS, PADDED], tl.float32)
     for at in range(from_program, to_program + 1, PARTS):
@@ -233,12 +245,11 @@ def _join(
             partial + part[:, :, None] * DIM + dims[None, None, :],
             mask=there[:, None, None] & inside[None, :, :], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
-        higher = tl.maximum(tl.maximum(top, tl.max(logs, 0)), HIDDEN)
+        higher = tl.maximum(top, tl.max(logs, 0))
         shares = tl.exp2(logs - higher[None, :])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(shares, 0)
         sums = sums * fade[:, None] + tl.sum(parts * shares[:, :, None], 0)
         top = higher
-    total = tl.where(live, total, 1.0)
     result = finished(top, total, sums, sinks, head * GROUP + rows, live, SINKS)
     tl.store(out + rows[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=inside)

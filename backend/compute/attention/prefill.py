@@ -18,7 +18,18 @@ from torch import Tensor
 
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
-from backend.compute.attention.tiles import HIDDEN, LOG2E, absorbed, context, finished, jit, padded, precision, scored
+from backend.compute.attention.tiles import (
+    FLOOR,
+    HIDDEN,
+    LOG2E,
+    absorbed,
+    context,
+    finished,
+    jit,
+    padded,
+    precision,
+    scored,
+)
 from backend.compute.upload import upload
 
 
@@ -34,7 +45,8 @@ class Shape:
     """The most that a thread may have, so that more programs fit on a multiprocessor."""
 
 
-SHAPE = Shape()
+SHAPE = Shape(registers=128)
+"""With 128 registers two programs share a multiprocessor."""
 WIDE = Shape(rows=64, columns=32, warps=4)
 """For heads of more than 128."""
 PLAIN = Shape(rows=32, columns=32, warps=4, stages=2)
@@ -107,7 +119,7 @@ def _prefill_kernel(
     scale = LOG2E
     if not CAPPED:
         scale = scaling * LOG2E
-    top = tl.full([ROWS], float("-inf"), tl.float32)
+    top = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED], tl.float32)
     table = block_tables + chunk.to(tl.int64) * table_row

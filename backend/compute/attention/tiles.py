@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
-HIDDEN = tl.constexpr(-1e30)
-"""The score of what a row does not see: finite, so that a tile in which it sees nothing makes no NaN (the first score
-that it does see then fades whatever such tiles added to nothing)."""
+HIDDEN = tl.constexpr(float("-inf"))
+"""The score of what a row does not see. A large finite one would not do: `score * scale - top` is computed as one, and
+beside it the rounding of `top` alone, then far above 2 ** 7, may make exp2 infinite where a row sees nothing yet."""
+FLOOR = tl.constexpr(-1e30)
+"""The running maximum of a row that has seen nothing: below any score, yet finite, so that its weights come to 0."""
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -83,11 +85,17 @@ def absorbed(scores, scale, v, top, total, sums, PRECISION: tl.constexpr):
 
 @triton.jit
 def finished(top, total, sums, sinks, heads, live, SINKS: tl.constexpr):
-    """What the rows give, after their sinks took part."""
+    """What the rows give, after their sinks took part; zeros for a row that saw nothing."""
     if SINKS:
         sink = tl.load(sinks + heads, mask=live, other=0.0).to(tl.float32) * LOG2E
         higher = tl.maximum(top, sink)
         fade = tl.exp2(top - higher)
         sums = sums * fade[:, None]
         total = total * fade + tl.exp2(sink - higher)
-    return sums / total[:, None]
+    return sums / counted(total)[:, None]
+
+
+@triton.jit
+def counted(total):
+    """What to divide by: 1 where nothing was seen."""
+    return tl.where(total == 0.0, 1.0, total)
