@@ -70,6 +70,8 @@ class EngineConfig:
     max_stop_strings: int = 16
     step_timeout: float = 60.0
     """Seconds after which a step that has not answered counts as a hung rank."""
+    heartbeat_timeout: float = 10.0
+    """Seconds after which an idle rank that gives no sign of life counts as hung; 0: none is asked for."""
     load_timeout: float = 1800.0
     max_restarts: int = 5
     """Failed starts in a row before the model stays down."""

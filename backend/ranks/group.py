@@ -25,9 +25,15 @@ from backend import errors
 from backend.config import EngineConfig
 from backend.errors import EngineDown, LoadError, ServingError
 from backend.interpreter import python
-from backend.ranks.rank import Birth, packed
+from backend.ranks.pulse import Pulse
+from backend.ranks.rank import PING, PONG, Birth, packed
 
 Report = Callable[[str], None]
+
+GLANCE = 0.05
+"""Seconds that are waited for a sign of life, which takes less than one thousandth of that."""
+LAST_GLANCE = 1.0
+"""The same before a rank counts as hung: the whole machine may have stood still."""
 
 
 @dataclass
@@ -48,6 +54,7 @@ class RankGroup:
         self._members: list[_Member] = []
         self._folder = ""
         self._killed = False
+        self._pulse = Pulse(config.heartbeat_timeout)
 
     @property
     def pids(self) -> list[int]:
@@ -98,6 +105,7 @@ class RankGroup:
             for member in ready:
                 self._take(member, answers)
             waiting = [member for member in waiting if member.rank not in answers]
+        self._pulse.heard()
         return [answers[member.rank] for member in self._members]
 
     def answering(self, seconds: float) -> bool:
@@ -105,10 +113,25 @@ class RankGroup:
         return bool(_ready(self._members, seconds))
 
     def check(self) -> None:
-        """Raise EngineDown if a rank has ended."""
+        """Raise EngineDown if a rank has ended or hangs; for idle ranks alone, every now and then."""
         for member in self._members:
             if member.process.poll() is not None:
                 raise _died(member)
+        if self._pulse.due:
+            self._pulse.ask(range(len(self._members)))
+            self.send(PING)
+        self._listen(GLANCE)
+        if self._pulse.hung:
+            self._listen(LAST_GLANCE)
+        if hung := self._pulse.hung:
+            raise EngineDown(f"rank {hung[0]} has given no sign of life for {self._pulse.limit:g} s")
+
+    def _listen(self, seconds: float) -> None:
+        """For signs of life that are due."""
+        deadline = time.monotonic() + seconds
+        while self._pulse.owing and (ready := _ready(self._members, max(0.0, deadline - time.monotonic()))):
+            for member in ready:
+                self._take(member, {})
 
     def kill(self) -> None:
         """End the ranks at once and for good; any thread may call it, the owner's calls then fail with EngineDown."""
@@ -152,6 +175,8 @@ class RankGroup:
             raise _died(member) from None
         if kind == "progress":
             self._report(f"rank {member.rank} | {value}")
+        elif kind == PONG:
+            self._pulse.answer(member.rank)
         elif kind == "error":
             raise _raised(member.rank, *value)
         else:

@@ -40,6 +40,9 @@ class Birth:
     """For workers that serve several tasks: which one."""
 
 
+PING, PONG = "ping", "pong"
+"""A question that the rank itself answers, and the answer; it belongs to no other question."""
+
 Deferred = Callable[[], Any]
 """An answer that a worker gives before it is known: calling it waits, and the next question is not kept waiting."""
 
@@ -65,6 +68,9 @@ class Rank:
         self._send(packed("ok", None))
         while True:
             method, arguments = pickle.loads(self._connection.recv_bytes())  # noqa: S301 (from our parent)
+            if method == PING:
+                self._send(packed(PONG, None))
+                continue
             kind, answer = attempt(lambda: getattr(self._worker, method)(*arguments))  # noqa: B023 (called at once)
             if kind == "ok" and callable(answer):
                 self._defer(partial(attempt, answer))

@@ -38,6 +38,13 @@ def make(world, lines=None, **parameters):
     return RankGroup(config, "toy_worker:Toy", (lines if lines is not None else []).append)
 
 
+def look_after(group):
+    """As an owner without work does, for five seconds."""
+    for _ in range(100):
+        time.sleep(0.05)
+        group.check()
+
+
 def children():
     """The rank processes below this one; other tests' helpers (multiprocessing's resource tracker) may live on."""
     children = psutil.Process().children(recursive=True)
@@ -122,6 +129,52 @@ def test_a_hung_rank_that_takes_no_questions_is_named_too():
         os.kill(group.pids[1], signal.SIGSTOP)
         with pytest.raises(EngineDown, match=r"rank 1 has taken no question for 0\.5 s"):
             group.send("add", b"x" * 5_000_000, b"y")
+    finally:
+        group.close()
+
+
+def test_idle_ranks_are_asked_for_a_sign_of_life_and_go_on_answering():
+    group = make(2, heartbeat_timeout=0.2)
+    group.start()
+    try:
+        for _ in range(3):
+            time.sleep(0.11)  # half of the limit
+            group.check()
+            assert not group._pulse.owing
+            assert group.call("add", 1, 2) == [3, 4]
+    finally:
+        group.close()
+
+
+def test_an_answer_that_comes_before_a_late_sign_of_life_is_not_mistaken(group):
+    group._pulse.ask([0, 1])
+    group.send("deferred", 0.3, "first")
+    group.send("ping")
+    assert group.receive(5) == ["first", "first"]
+    group.send("ping")
+    assert group.call("add", 1, 2) == [3, 4]
+    assert not group._pulse.owing
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_while_idle_is_noticed(rank):
+    group = make(2, heartbeat_timeout=0.5)
+    group.start()
+    try:
+        os.kill(group.pids[rank], signal.SIGSTOP)
+        with pytest.raises(EngineDown, match=rf"rank {rank} has given no sign of life for 0\.5 s"):
+            look_after(group)
+    finally:
+        group.close()
+
+
+def test_without_a_limit_nobody_is_asked():
+    group = make(1, heartbeat_timeout=0)
+    group.start()
+    try:
+        os.kill(group.pids[0], signal.SIGSTOP)
+        group._pulse._since -= 1000
+        group.check()
     finally:
         group.close()
 
