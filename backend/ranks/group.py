@@ -93,9 +93,9 @@ class RankGroup:
             except OSError:
                 raise _died(member) from None
 
-    def receive(self, timeout: float) -> list[Any]:
-        """Every rank's answer to the oldest question not yet received, seconds allowed for all of them."""
-        deadline = time.monotonic() + timeout
+    def receive(self, timeout: float, since: float | None = None) -> list[Any]:
+        """Every rank's answer to the oldest question not yet received; seconds for all of them, from `since` or now."""
+        deadline = (time.monotonic() if since is None else since) + timeout
         answers: dict[int, Any] = {}
         waiting = self._members
         while waiting:

@@ -54,6 +54,7 @@ class Service:
         self._group = RankGroup(self.config, self.task.worker, report, name)
         self._pool = Pool(self.task.cut)
         self._sent: deque[Batch] = deque()
+        self._begun = 0.0
         self._down = "is loading"
         self._closing = threading.Event()
         self._restarts = Restarts(self.config, self._closing, report)
@@ -171,7 +172,7 @@ class Service:
         if not self._sent or not self._answering():
             return
         self._feed(ahead=1)  # reading an answer takes a while too
-        received = self._group.receive(self.config.step_timeout)
+        received = self._group.receive(self.config.step_timeout, since=self._begun)
         batch = self._sent.popleft()
         self._begun = time.monotonic()
         try:
@@ -246,6 +247,7 @@ class Service:
         if self._restarts.again(self._load) or self._closing.is_set():
             return
         self._down = f"has failed for good ({reason})"
+        self._report(self._down)
         while not self._closing.is_set():
             self._fail_all(EngineDown(f"the model {self._down}"))
             self._closing.wait(IDLE_CHECK)

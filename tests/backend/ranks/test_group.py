@@ -122,6 +122,13 @@ def test_a_hung_rank_is_named_when_its_time_is_up(group, number):
         group.call("add", 1, 1, timeout=0.5)
 
 
+def test_the_time_since_the_question_counts_and_is_named(group):
+    os.kill(group.pids[1], signal.SIGSTOP)
+    group.send("add", 1, 1)
+    with pytest.raises(EngineDown, match=r"rank 1 has not answered for 60 s"):
+        group.receive(60, since=time.monotonic() - 59.9)
+
+
 def test_a_hung_rank_that_takes_no_questions_is_named_too():
     group = make(2, step_timeout=0.5)
     group.start()

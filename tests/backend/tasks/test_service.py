@@ -68,7 +68,9 @@ def make(tmp_path):
 
     def make(**settings):
         settings = {"device": "cpu", "threads": 1, "restart_backoff": 0.01, **settings}
-        made.append(Service("toy", EngineConfig(model=str(tmp_path), **settings), lambda line: None))
+        lines = []
+        made.append(Service("toy", EngineConfig(model=str(tmp_path), **settings), lines.append))
+        made[-1].lines = lines
         return made[-1]
 
     yield make
@@ -230,6 +232,7 @@ def test_ranks_that_cannot_be_started_again_leave_the_model_down(make):
     with pytest.raises(EngineDown, match="failed for good"):
         raise late.one()
     assert not service.healthy
+    assert service.lines[-1] == "has failed for good (rank 0 ended with exit status 3)"
 
 
 def test_a_job_that_slips_in_when_all_is_lost_is_failed(make, monkeypatch):
