@@ -22,6 +22,10 @@ class Completion:
     index: int
     text: Text
     logprob: float = 0.0
+    begun: float = 0.0
+    """When it first had a step, time.monotonic(); 0: not yet."""
+    first: float = 0.0
+    """When its first token came."""
 
     def seen(self, token: int) -> str | None:
         """Engine's thread: the text that an accepted token adds, if stop strings must be looked for.

@@ -21,6 +21,7 @@ from backend import checkpoint
 from backend.config import EngineConfig
 from backend.devices import resolved
 from backend.errors import DeadlineExceeded, EngineDown, Overloaded, ServingError, serving
+from backend.generation.account import Account
 from backend.generation.blocks import BlockPool
 from backend.generation.capacity import share
 from backend.generation.completion import Completion
@@ -33,6 +34,7 @@ from backend.generation.text import Text
 from backend.generation.tokenizer import Tokenizer
 from backend.ranks.group import RankGroup, Report
 from backend.ranks.restarts import Restarts
+from backend.tally import reason_of
 
 DECODER = "backend.compute.decoder:Decoder"
 IDLE_CHECK = 0.5
@@ -48,6 +50,8 @@ class Engine:
         self.config = resolved(config)
         self.folder = checkpoint.resolve(config.model, checkpoint.root())
         self.config = replace(self.config, model=str(self.folder))
+        self._account = Account()
+        self.tally = self._account.tally
         self._report = report
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._open: dict[int, Completion] = {}
@@ -125,6 +129,7 @@ class Engine:
         limit = self.config.max_sequences + self.config.max_waiting
         with self._admission:
             if sequences > 0 and self._admitted + sequences > limit:
+                self.tally.refused += 1
                 raise Overloaded(
                     f"{self._admitted} sequences are running or waiting, the limit is {limit} "
                     "(max_sequences + max_waiting); try again later"
@@ -175,6 +180,7 @@ class Engine:
                 self._serve()
             except Exception as error:
                 self._recover(error)
+        self.tally.down()
         self._fail_all(EngineDown("the model is being unloaded"))
         self._group.close()
 
@@ -184,20 +190,22 @@ class Engine:
             self._drain(wait=not self._sent and self._scheduler.idle)
             self._expire()
             if chunks := self._scheduler.schedule():
-                self._group.send("step", pack(chunks, self.config.block_size))
+                self._group.send("step", plan := pack(chunks, self.config.block_size))
                 self._sent.append(chunks)
+                self._account.sent(chunks, len(plan.input_ids), self._open)
             if len(self._sent) > (depth if chunks else 0):
                 sampled = self._receive()
                 self._commit(self._sent.popleft(), sampled)
+            self._account.turn(self._scheduler)
 
     def _receive(self) -> Sampled:
         """The oldest step's tokens; deadlines hold meanwhile, and `close` need not wait for a rank that hangs."""
-        deadline = time.monotonic() + self.config.step_timeout
-        while not self._group.answering(IDLE_CHECK) and time.monotonic() < deadline:
+        limit, begun = self.config.step_timeout, time.monotonic()
+        while not self._group.answering(min(IDLE_CHECK, limit)) and time.monotonic() - begun < limit:
             self._expire()
             if self._closing.is_set():
                 raise EngineDown("the model is being unloaded")
-        sampled: Sampled = self._group.receive(max(1.0, deadline - time.monotonic()))[0]
+        sampled: Sampled = self._group.receive(limit, since=begun)[0]
         return sampled
 
     def _drain(self, wait: bool) -> None:
@@ -227,7 +235,9 @@ class Engine:
         """Record a computed step and tell its readers."""
         logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
         told: dict[Stream, bool] = {}
-        for seq, token, row in self._scheduler.commit(chunks, sampled.token_ids.tolist()):
+        accepted = self._scheduler.commit(chunks, sampled.token_ids.tolist())
+        self.tally.generation_tokens += len(accepted)
+        for seq, token, row in accepted:
             if (completion := self._open.get(seq.arrival)) is None:
                 continue  # a moment ago another sequence of its request failed
             stream = completion.stream
@@ -245,7 +255,10 @@ class Engine:
         if completion.text.stopped:
             self._scheduler.finish(seq, "stop")
             seq.finish_reason = "stop"  # also where this was the last token allowed
+        if not completion.first:
+            self._account.first(completion)
         if seq.finish_reason:
+            self._account.last(completion)
             del self._open[seq.arrival]
         return completion.news(token, text, logprob)
 
@@ -256,18 +269,20 @@ class Engine:
 
     def _end(self, stream: Stream, error: ServingError) -> None:
         stream.fail(error)
-        self._abort(stream)
+        self._abort(stream, reason_of(error))
 
-    def _abort(self, stream: Stream) -> None:
+    def _abort(self, stream: Stream, reason: str = "cancelled") -> None:
         for completion in [c for c in self._open.values() if c.stream is stream]:
             self._scheduler.abort(completion.seq)
             del self._open[completion.seq.arrival]
+            self.tally.ended(reason)
 
     # ---- start and restart
 
     def _load(self) -> None:
         """Start the ranks, share out the memory, warm up."""
         start = time.monotonic()
+        self.tally.restarts += self._started.done()
         limit = self.config.load_timeout
         self._group.start()
         try:
@@ -282,6 +297,8 @@ class Engine:
         self._scheduler = Scheduler(
             BlockPool(blocks, self.config.block_size), self.config.max_sequences, self.config.step_tokens
         )
+        self._account.opened()
+        self.tally.up(len(capacities), time.monotonic() - start)
         self._down = ""
         self._restarts.served()
         self._report(
@@ -294,11 +311,13 @@ class Engine:
         reason = str(serving(error))
         self._report(f"down: {reason}")
         self._down = f"is restarting ({reason})"
+        self.tally.down()
         self._group.close()
         self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"))
         if self._restarts.again(self._load) or self._closing.is_set():
             return
         self._down = f"has failed for good ({reason})"
+        self._report(self._down)
         while not self._closing.is_set():
             self._fail_all(EngineDown(f"the model {self._down}"))
             self._closing.wait(IDLE_CHECK)
@@ -308,6 +327,8 @@ class Engine:
         self._drain(wait=False)
         self._sent.clear()
         streams = {id(c.stream): c.stream for c in self._open.values()}
+        for _ in self._open:
+            self.tally.ended(reason_of(error))
         self._open.clear()
         for stream in streams.values():
             stream.fail(error)

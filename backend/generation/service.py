@@ -19,6 +19,7 @@ from backend.generation.delivery import Asked, Delivery
 from backend.generation.engine import DECODER, Engine
 from backend.generation.request import Request
 from backend.ranks.group import Report
+from backend.tally import Tally
 
 SENDERS = 2
 """A send waits for Triton with the interpreter free for others; one thread reaches RESPONSES, a second shortens bursts.
@@ -55,6 +56,10 @@ class Service:
     @property
     def healthy(self) -> bool:
         return self.engine.healthy
+
+    @property
+    def tally(self) -> Tally:
+        return self.engine.tally
 
     def serve(self, asked: Sequence[Asked]) -> None:
         """Answer each, later, with errors too."""

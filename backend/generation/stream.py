@@ -7,6 +7,7 @@ become text when they are taken, on the reader's thread.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Stream:
 
     def __init__(self, sequences: int, notify: Callable[[bool], None]) -> None:
         """`notify` is told whether a sequence, or all, ended with the news."""
+        self.arrived = time.monotonic()
         self.sequences = sequences
         self._unfinished = sequences
         self._mail: deque[News | ServingError] = deque()
