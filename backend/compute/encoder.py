@@ -113,8 +113,11 @@ class Encoder:
         return int(tables[0].weight.shape[0]) if tables else 0
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """The largest micro-batches, of longest texts and of short ones, and the usual ones' graphs."""
+    def warm_up(self) -> bool:
+        """The largest micro-batches, of longest texts and of short ones, and the usual ones' graphs.
+
+        Whether texts are computed without padding.
+        """
         most, tokens = self._most, self._config.step_tokens
         for length in {most: None, min(64, most): None, min(16, most): None}:
             self._warm(length, max(1, tokens // length))
@@ -122,6 +125,7 @@ class Encoder:
             buckets = usual(tokens, most)
             self._progress(f"capturing {len(buckets)} CUDA graphs of the layers")
             self._packing.graphs.prepare(buckets)
+        return self._packing is not None
 
     def _warm(self, length: int, count: int) -> None:
         ids = np.full(length, 1, np.int32)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from backend.metrics import TASK
+from backend.tally import Tally, reason_of
 from backend.tasks.task import Array, Row, Task
 
 _log = logging.getLogger(__name__)
@@ -31,6 +34,9 @@ class Request:
     """One request, from its rows to its answer."""
 
     asked: Asked
+    tally: Tally = field(default_factory=lambda: Tally(TASK))
+    """Where it counts when it is over."""
+    arrived: float = field(default_factory=time.monotonic)
     items: list[Any] = field(default_factory=list)
     pieces: list[Any] = field(default_factory=list)
     """All items', end to end."""
@@ -68,6 +74,7 @@ class Request:
             if self.settled:
                 return
             self.settled = True
+            self._count(outcome)
         try:
             if isinstance(outcome, Exception):
                 self.asked.fail(outcome)
@@ -75,6 +82,10 @@ class Request:
                 self._answer(outcome)
         except Exception:  # nobody is left to tell
             _log.exception("a response could not be sent")
+
+    def _count(self, outcome: dict[str, Array] | Exception) -> None:
+        reason = reason_of(outcome) if isinstance(outcome, Exception) else "stop"
+        self.tally.ended(reason, time.monotonic() - self.arrived)
 
     def _outputs(self, task: Task) -> dict[str, Array]:
         pairs = zip(self.items, self.spans, strict=True)

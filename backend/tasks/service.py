@@ -20,12 +20,15 @@ from backend.checkpoint import resolve, root
 from backend.config import EngineConfig
 from backend.devices import resolved
 from backend.errors import EngineDown, ServingError, serving
+from backend.metrics import TASK
 from backend.ranks.group import RankGroup, Report
 from backend.ranks.restarts import Restarts
+from backend.tally import Tally
 from backend.tasks import find
 from backend.tasks.pool import Batch, Pool
 from backend.tasks.request import Asked, Request
 from backend.tasks.task import Array, Task
+from backend.tasks.text import Texts
 
 IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
@@ -50,6 +53,8 @@ class Service:
         tokens = config.step_tokens or STEP_TOKENS[machine.device]
         self.config = replace(machine, model=str(folder), step_tokens=tokens)
         self.task: Task = find(name)(folder, self.config)
+        self.tally = Tally(TASK)
+        self._packed = False  # whether the ranks compute texts without padding
         self._report = report
         self._group = RankGroup(self.config, self.task.worker, report, name)
         self._pool = Pool(self.task.cut)
@@ -79,7 +84,7 @@ class Service:
 
     def serve(self, asked: Sequence[Asked]) -> None:
         """Answer each request, sooner or later, exactly once."""
-        requests = [Request(each) for each in asked]
+        requests = [Request(each, self.tally) for each in asked]
         try:
             self._put(self._prepared(requests))
         except Exception as error:
@@ -163,6 +168,7 @@ class Service:
                     self._recover(error)
         finally:
             self._down = self._down or UNLOADED
+            self.tally.down()
             self._fail_all(EngineDown(f"the model {UNLOADED}"))
             self._group.close()
 
@@ -201,6 +207,7 @@ class Service:
                 self._begun = time.monotonic()
             self._sent.append(batch)
             self._group.send("forward", message)
+            self.tally.step(*_tokens(message, len(batch), self._packed))
 
     def _answering(self) -> bool:
         """Whether an answer has come; EngineDown where none has for too long."""
@@ -225,13 +232,15 @@ class Service:
 
     def _load(self) -> None:
         start = time.monotonic()
+        self.tally.restarts += self._started.done()
         self._group.start()
         try:
-            self._group.call("warm_up", timeout=self.config.load_timeout)
+            self._packed = self._group.call("warm_up", timeout=self.config.load_timeout)[0] is True
         except BaseException:
             self._group.close()
             raise
         self._down, self._begun = "", time.monotonic()
+        self.tally.up(self.config.tensor_parallel, self._begun - start)
         self._restarts.served()
         self._report(f"ready in {time.monotonic() - start:.1f} s")
 
@@ -242,6 +251,7 @@ class Service:
         reason = str(serving(error))
         self._report(f"down: {reason}")
         self._down = f"is restarting ({reason})"
+        self.tally.down()
         self._group.close()
         self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"))
         if self._restarts.again(self._load) or self._closing.is_set():
@@ -263,6 +273,14 @@ def _tokenise_in_parallel() -> None:
     """One core tokenises less than a GPU computes. The launcher has said no, on behalf of what forks; this does not."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.environ.setdefault("RAYON_NUM_THREADS", str(min(TOKENISING, len(os.sched_getaffinity(0)))))
+
+
+def _tokens(message: Any, pieces: int, packed: bool) -> tuple[int, int]:
+    """Of a micro-batch, without padding and with it; of anything but texts, its pieces."""
+    if not isinstance(message, Texts):
+        return pieces, pieces
+    tokens = int(message.lengths.sum())
+    return tokens, tokens if packed else len(message.lengths) * int(message.lengths.max())
 
 
 def _fail(batch: Batch, error: Exception) -> None:
