@@ -22,7 +22,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROWS = 5 if INTERPRETED else 40
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = (
-    [pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]  # the interpreter's own
+    [
+        pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # the interpreter's own
+        pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # numpy's, of broken rows
+        pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+    ]
     if INTERPRETED
     else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
 )
@@ -115,8 +119,8 @@ def test_ties_of_the_last_kept_token_are_kept() -> None:
         ({"top_k": 4, "top_p": 0.0}, {1}),
         ({"min_p": 0.3}, {1, 2, 3, 4}),
     ):
-        plan = sampling(40 if INTERPRETED else 300, **{"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0} | given)
-        assert set(found(row[: len(plan.seeds)], plan)[0]) == kept
+        plan = sampling(36 if INTERPRETED else 300, **{"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0} | given)
+        assert set(found(row[: len(plan.seeds)], plan, ALONE if INTERPRETED else None)[0]) == kept
 
 
 def test_equal_zeros_of_both_signs() -> None:

@@ -46,7 +46,17 @@ def first_kernel(
     start, stop = part * SPAN, tl.minimum(part * SPAN + SPAN, width)
     if _drawn(temperature, best):
         value, token, total = drawn(
-            logits, start, stop, width, best, temperature, log_min_p, LOWEST, first, second, BLOCK
+            logits,
+            start,
+            stop,
+            width,
+            best,
+            temperature,
+            log_min_p,
+            tl.full([], LOWEST, tl.int32),
+            first,
+            second,
+            BLOCK,
         )
         _keep(values, ids, 1, row, part, parts, value, token)
         tl.store(masses + row * parts + part, total)
@@ -184,8 +194,7 @@ def _known(
 @triton.jit
 def _key_at(logits, token):
     """The key of a token's logit; of a missing one whatever."""
-    x = tl.load(logits + tl.maximum(token, 0)).to(tl.float32)
-    return key(tl.where(x == 0, 0.0, x))
+    return key(tl.load(logits + tl.maximum(token, 0)).to(tl.float32))
 
 
 @triton.jit

@@ -72,7 +72,7 @@ def pivots(x, k_low, k_high, p_low, p_high, best, temperature, step, PIVOTS: tl.
     distance = (high.to(tl.int64) - low.to(tl.int64)).to(tl.float64) * share
     between = low + distance.to(tl.int64)
     by_key = (step % 2 == 1) | (value != value)
-    chosen = tl.where(by_key, between, key(tl.where(value == 0, 0.0, value)).to(tl.int64))
+    chosen = tl.where(by_key, between, key(value).to(tl.int64))
     chosen = tl.maximum(tl.minimum(chosen, high - 1), low + 1).to(tl.int32)
     return tl.where(index == 0, x + 1, chosen)
 
