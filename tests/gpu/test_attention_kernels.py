@@ -27,6 +27,7 @@ pytestmark = (
 )
 from backend.compute.attention import decode as decoding  # noqa: E402
 from backend.compute.attention import kernels  # noqa: E402
+from backend.compute.attention import split as splitting  # noqa: E402
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 """Largest error allowed, relative to the largest magnitude of the result."""
@@ -90,14 +91,23 @@ class Fixture:
         self.exact.layers[0].copy_(self.cache.layers[0])
 
     def check(self, rule: Rule) -> None:
+        """A decode step by both kernels that could serve it."""
         step = Step.from_plan(self.plan, DEVICE, self.cache)
-        result = kernels.attend(*self.inputs, 0, step, rule)
         exact = Step.from_plan(self.plan, DEVICE, self.exact)
         expected = reference.attend(*(x.float() for x in self.inputs), 0, exact, rule)
-        assert result.dtype == self.cache.dtype
+        kernels.attend(*self.inputs, 0, step, rule)
         assert torch.equal(self.cache.layers[0].float(), self.exact.layers[0])
-        error = (result.float() - expected).abs().max() / expected.abs().max()
-        assert error < ERROR[self.cache.dtype], float(error)
+        for count in (0, 8) if step.decode else (0,):
+            error = (self.read(step, rule, count).float() - expected).abs().max() / expected.abs().max()
+            assert error < ERROR[self.cache.dtype], (count, float(error))
+
+    def read(self, step: Step, rule: Rule, count: int) -> torch.Tensor:
+        """By this many splits of each row, 0: the fixed grid."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "splits", lambda *_: count)
+            result = kernels.read(self.inputs[0].transpose(0, 1), 0, step, rule)
+        assert result.dtype == self.cache.dtype
+        return result
 
     def rules(self) -> list[Rule]:
         scale = self.inputs[0].shape[-1] ** -0.5
@@ -169,8 +179,32 @@ def test_however_many_programs_share_the_work(
         for window in (0, 90):
             made.check(Rule(0.125, window, sinks=made.sinks if sinks else None))
         step = Step.from_plan(made.plan, DEVICE, made.cache)
-        kernels.attend(*made.inputs, 0, step, Rule(0.125))
+        made.read(step, Rule(0.125), 0)
         assert not step.once(("arrivals", kv_heads), lambda: torch.ones(1)).any()
+
+
+@pytest.mark.parametrize("count", [4, 64])
+@pytest.mark.parametrize("window", [0, 16, 90])
+def test_however_many_splits(count: int, window: int) -> None:
+    """More than a row has tiles, and several tiles to a split, down to rows of one token."""
+    for heads, kv_heads in ((6, 2), (5, 1)):
+        made = Fixture([(1, 0), (1, 700), (1, 31), (1, 32)], torch.float32, 64, heads, kv_heads, seed=count)
+        rule = Rule(0.125, window, sinks=made.sinks if heads == 6 else None)
+        made.check(rule)
+        step = Step.from_plan(made.plan, DEVICE, made.cache)
+        expected, result = made.read(step, rule, 0), made.read(step, rule, count)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_splits_depend_on_rows_heads_and_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splitting, "processors", lambda _: 132)
+    cache = KVCache([LayerSpec(8, 16)], 1, 16, torch.float32, DEVICE)
+    for width in (1, 700):
+        steps = {rows: Step.static(cache, rows, width) for rows in (1, 2, 4, 8, 16, 17, 256)}
+        counts = {rows: splitting.splits(step, 8) for rows, step in steps.items()}
+        assert counts == {1: 64, 2: 32, 4: 16, 8: 8, 16: 4, 17: 0, 256: 0}
+    assert splitting.splits(steps[1], 1) == 64
+    assert splitting.splits(Step.from_plan(case(SHORT, 16, 0), DEVICE, cache), 1) == 0
 
 
 @pytest.mark.skipif(INTERPRETED, reason="long")
@@ -210,11 +244,12 @@ def test_rubbish_of_earlier_owners_is_not_read() -> None:
         torch.testing.assert_close(kernels.attend(*made.inputs, 0, step, Rule(0.1)), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("processors", [1, 5, 40])
+@pytest.mark.parametrize(("processors", "count"), [(1, 0), (5, 0), (40, 0), (5, 4), (5, 64)])
 @pytest.mark.parametrize("sinks", [False, True])
-def test_padded_static_step(processors: int, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_static_step(processors: int, count: int, sinks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without a sequence give zeros and write to scratch alone."""
     monkeypatch.setattr(decoding, "processors", lambda _: processors)
+    monkeypatch.setattr(kernels, "splits", lambda *_: count)
     made = Fixture(DECODE, torch.float32, 64, 6, 2)
     rule = Rule(0.125, sinks=made.sinks if sinks else None)
     step = Step.static(made.cache, 16, 300)
@@ -230,9 +265,11 @@ def test_padded_static_step(processors: int, sinks: bool, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
-def test_cuda_graph_follows_new_values() -> None:
+@pytest.mark.parametrize("count", [0, 16])
+def test_cuda_graph_follows_new_values(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A captured static step computes whatever plan is filled in later, however long its context."""
     dtype = torch.bfloat16
+    monkeypatch.setattr(kernels, "splits", lambda *_: count)
     made = Fixture(LONG, dtype, 128, 32, 8)
     step = Step.static(made.cache, 8, 300)
     static = [torch.zeros(x.shape[0], 8, 128, dtype=x.dtype, device=DEVICE) for x in made.inputs]

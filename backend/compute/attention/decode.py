@@ -24,12 +24,14 @@ from backend.compute.attention.tiles import (
     HIDDEN,
     LOG2E,
     absorbed,
+    columns_of,
     context,
     counted,
     finished,
     jit,
     padded,
     precision,
+    processors,
     scored,
 )
 
@@ -67,16 +69,12 @@ def decode(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule) ->
         step.block_tables, rule.scaling, rule.softcap, query.stride(0), query.stride(1), kv.stride(0), kv.stride(1),
         kv.stride(2), kv.stride(3), step.block_tables.stride(0), rule.window, chunks,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PADDED=wide, BLOCK_SIZE=kv.shape[1],
-        ROWS=rows, COLUMNS=_columns(wide, kv), CHUNKS=_chunks(chunks),
+        ROWS=rows, COLUMNS=columns_of(wide, kv, SHAPE.tile_bytes), CHUNKS=_chunks(chunks),
         GROUPS=triton.next_power_of_2(group), PARTS=_parts(group, wide), LEAST=SHAPE.least,
         WINDOWED=bool(rule.window), CAPPED=bool(rule.softcap), SINKS=rule.sinks is not None,
         PRECISION=precision(query.dtype), STAGES=SHAPE.stages, num_warps=SHAPE.warps,
         maxnreg=_registers() if rows == 16 else None,
     )  # fmt: skip
-
-
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def _registers() -> int:
@@ -90,11 +88,6 @@ def _arrivals(step: Step, kv_heads: int) -> Tensor:
     return step.once(
         ("arrivals", kv_heads), lambda: torch.zeros(count, dtype=torch.int32, device=step.kv_lengths.device)
     )
-
-
-def _columns(wide: int, kv: Tensor) -> int:
-    """Context tokens of a tile: few values, so that shared memory is used alike for all types and head sizes."""
-    return max(16, min(128, SHAPE.tile_bytes // (wide * kv.itemsize)))
 
 
 def _chunks(chunks: int) -> int:

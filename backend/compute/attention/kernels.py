@@ -1,8 +1,8 @@
 """Paged attention as OpenAI-Triton kernels, for CUDA; they know strides and block tables, not models.
 
-Chunks of one token go to the decode kernel, which is bound by reading the cache; longer ones to the prefill kernel,
-which is bound by arithmetic. Nothing here reads a device value on the host, and a decode step's launches depend on
-shapes alone: CUDA graphs may hold them.
+Chunks of one token go to the decode kernel, which is bound by reading the cache, or, where a step is a few of them, to
+the split one, which is bound by latency; longer chunks go to the prefill kernel, which is bound by arithmetic. Nothing
+here reads a device value on the host, and a decode step's launches depend on shapes alone: CUDA graphs may hold them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -17,6 +17,7 @@ from torch import Tensor
 from backend.compute.attention.base import Rule
 from backend.compute.attention.decode import decode
 from backend.compute.attention.prefill import prefill
+from backend.compute.attention.split import split, splits
 from backend.compute.attention.step import Step
 from backend.compute.attention.tiles import dense, jit
 from backend.errors import LoadError
@@ -39,7 +40,9 @@ def read(query: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
     single, several = (True, False) if step.decode else step.once("chunk sizes", lambda: _sizes(step))
     if several:
         prefill(output, query, kv, step, rule)
-    if single:
+    if count := splits(step, kv.shape[3]):
+        split(output, query, kv, step, rule, count)
+    elif single:
         decode(output, query, kv, step, rule)
     return output
 

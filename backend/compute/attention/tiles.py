@@ -27,7 +27,7 @@ def jit(function: Callable[..., Any]) -> Any:
     """Compiled anew for other types and alignments, not for what differs from step to step: serving would stall."""
     return triton.jit(
         function,
-        do_not_specialize=["table_row", "window", "chunks"],
+        do_not_specialize=["table_row", "table_width", "window", "chunks"],
         do_not_specialize_on_alignment=["tiles", "query_starts", "kv_lengths", "block_tables", "slots"],
     )
 
@@ -40,6 +40,15 @@ def dense(tensor: Tensor) -> Tensor:
 def padded(dim: int) -> int:
     """Powers of two from 16 on, which is what tl.dot takes."""
     return max(16, int(triton.next_power_of_2(dim)))
+
+
+def columns_of(wide: int, kv: Tensor, tile_bytes: int) -> int:
+    """Context tokens of a tile: few values, so that shared memory is used alike for all types and head sizes."""
+    return max(16, min(128, tile_bytes // (wide * kv.itemsize)))
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def precision(dtype: torch.dtype) -> str:
