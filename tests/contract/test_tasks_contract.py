@@ -41,6 +41,16 @@ def test_model_py_differs_by_task_and_docstring_only(task):
     assert rest == code("embed")[2]
 
 
+@pytest.mark.parametrize("task", [*FOLDERS, "generate"])
+def test_every_task_exports_its_metrics_while_it_serves(task):
+    """From when it serves, since nobody ends what a failed start leaves, until its service is closed."""
+    (model,) = (node for node in ast.parse((REPOSITORY / task / "1" / "model.py").read_text()).body
+                if isinstance(node, ast.ClassDef))  # fmt: skip
+    lines = {each.name: [ast.unparse(line) for line in each.body] for each in model.body}
+    assert lines["initialize"][1:] == ["self.service.start()", "self.exporter = Exporter(args, self.service.tally)"]
+    assert lines["finalize"] == ["self.service.close()", "self.exporter.close()"]
+
+
 @pytest.mark.parametrize("task", FOLDERS)
 def test_config_gathers_and_refuses(task):
     config = config_of(task)

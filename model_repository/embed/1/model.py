@@ -2,7 +2,7 @@
 
 from backend.config import EngineConfig
 from backend.tasks.service import Service
-from backend.triton import Asked, reporter
+from backend.triton import Asked, Exporter, reporter
 
 TASK = "embed"
 
@@ -11,6 +11,7 @@ class TritonPythonModel:
     def initialize(self, args):
         self.service = Service(TASK, EngineConfig.from_triton(args), reporter(args["model_name"]))
         self.service.start()
+        self.exporter = Exporter(args, self.service.tally)
 
     def execute(self, requests):  # answers later, so that the next batch is prepared while this one is computed
         self.service.serve([Asked(request) for request in requests])
@@ -20,3 +21,4 @@ class TritonPythonModel:
 
     def finalize(self):
         self.service.close()
+        self.exporter.close()

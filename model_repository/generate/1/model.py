@@ -2,13 +2,14 @@
 
 from backend.config import EngineConfig
 from backend.generation.service import Service
-from backend.triton import Asked, reporter
+from backend.triton import Asked, Exporter, reporter
 
 
 class TritonPythonModel:
     def initialize(self, args):
         self.service = Service(EngineConfig.from_triton(args), reporter(args["model_name"]))
         self.service.start()
+        self.exporter = Exporter(args, self.service.tally)
 
     def execute(self, requests):  # returns at once; each request is answered as its text comes
         self.service.serve([Asked(request) for request in requests])
@@ -18,3 +19,4 @@ class TritonPythonModel:
 
     def finalize(self):
         self.service.close()
+        self.exporter.close()

@@ -5,7 +5,7 @@ Triton's dynamic batcher gathers requests, the service cuts them into micro-batc
 
 from backend.config import EngineConfig
 from backend.tasks.service import Service
-from backend.triton import Asked, reporter
+from backend.triton import Asked, Exporter, reporter
 
 TASK = "rerank"
 
@@ -14,6 +14,7 @@ class TritonPythonModel:
     def initialize(self, args):
         self.service = Service(TASK, EngineConfig.from_triton(args), reporter(args["model_name"]))
         self.service.start()
+        self.exporter = Exporter(args, self.service.tally)
 
     def execute(self, requests):  # answers later, so that the next batch is prepared while this one is computed
         self.service.serve([Asked(request) for request in requests])
@@ -23,3 +24,4 @@ class TritonPythonModel:
 
     def finalize(self):
         self.service.close()
+        self.exporter.close()
