@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,12 @@ log = logging.getLogger("tritonspeed")
 
 def reporter(model: str) -> Callable[[str], None]:
     """Tells of start-up and failures in single lines that the launcher can find in the server's output."""
-    return lambda line: print(f"tritonspeed | {model} | {' '.join(line.split())}", flush=True)
+
+    def report(line: str) -> None:
+        sys.stdout.write(f"tritonspeed | {model} | {' '.join(line.split())}\n")  # in one piece: others write there too
+        sys.stdout.flush()
+
+    return report
 
 
 def rows(request: Any) -> list[dict[str, Any]]:
