@@ -8,22 +8,33 @@ from torch import Tensor
 
 from backend.generation.plan import Longs
 
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
 
 def row_keys(seeds: Longs, counters: Longs) -> NDArray[np.int32]:
     """The two hash keys of each row's random numbers [2, R], from seed [R] and counter [R].
 
     Twice the finaliser of SplitMix64 (Steele et al. 2014), on the host: R numbers only.
     """
-    with np.errstate(over="ignore"):
-        state = _mix(_mix(seeds.astype(np.int64).view(np.uint64)) ^ counters.astype(np.int64).view(np.uint64))
+    state = _mixed(_mixed(_words(seeds)) ^ _words(counters))
     return state.view(np.int32).reshape(-1, 2).T.copy()
 
 
-def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+def _words(values: Longs) -> NDArray[np.uint64]:
+    return values.astype(np.int64, copy=False).view(np.uint64)
+
+
+def _mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Arrays wrap around without a warning."""
+    state = state + _STEP
+    state ^= state >> _SHIFTS[0]
+    state *= _FACTORS[0]
+    state ^= state >> _SHIFTS[1]
+    state *= _FACTORS[1]
+    state ^= state >> _SHIFTS[2]
+    return state
 
 
 def bits(key: Tensor, other: Tensor, ids: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def lay_out(words: NDArray[np.int32], sampling: Sampling) -> None:
     words[count:] = 0
     floats, own = words[:count, :FLOATS].view(np.float32), words[:count]
     floats[:, 0], floats[:, 1] = sampling.temperature, sampling.top_p
-    with np.errstate(divide="ignore"):  # the logarithm of 0 is -inf, which keeps all
-        floats[:, 2] = np.log(sampling.min_p)
+    floats[:, 2] = -np.inf  # the logarithm of 0: it keeps all
+    if sampling.min_p.any():
+        np.log(sampling.min_p, out=floats[:, 2], where=sampling.min_p > 0)
     own[:, 3] = sampling.top_k
     own[:, 4], own[:, 5] = row_keys(sampling.seeds, sampling.counters)

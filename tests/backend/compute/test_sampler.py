@@ -14,6 +14,7 @@ from scipy import stats
 from transformers.generation import logits_process as hf
 
 from backend.compute.sampler import BROKEN, Sampler, bits, gumbel, row_keys
+from backend.compute.sampling.parameters import WORDS, lay_out, parameters
 from backend.generation.plan import History, Sampling
 
 
@@ -393,6 +394,35 @@ def test_noise_is_gumbel_and_finite() -> None:
     noise = gumbel(keys[0], keys[1], torch.arange(5000, dtype=torch.int32))
     assert torch.isfinite(noise).all()
     assert stats.kstest(noise.numpy().ravel()[::4], "gumbel_r").pvalue > 1e-3
+
+
+# --- the parameters of a graph
+
+
+def test_parameters_are_the_settings_bit_for_bit() -> None:
+    plan = sampling(
+        3,
+        temperature=[0, 0.7, 1],
+        top_p=[1, 0.9, 0.5],
+        min_p=[0, 0.1, 1],
+        top_k=[0, 5, 9],
+        seeds=[1, -2, 3],
+        counters=7,
+    )
+    words = parameters(plan, 5)
+    floats = words[:, :3].view(np.float32)
+    assert words.shape == (5, WORDS) and not words[3:].any()
+    np.testing.assert_array_equal(floats[:3, 0], plan.temperature)
+    np.testing.assert_array_equal(floats[:3, 1], plan.top_p)
+    np.testing.assert_array_equal(floats[:3, 2], np.array([-np.inf, np.log(np.float32(0.1)), 0], np.float32))
+    np.testing.assert_array_equal(words[:3, 3], plan.top_k)
+    np.testing.assert_array_equal(words[:3, 4:].T, row_keys(plan.seeds, plan.counters))
+
+
+def test_parameters_laid_out_again_leave_nothing_of_the_step_before() -> None:
+    words = parameters(sampling(4, top_k=3))
+    lay_out(words, sampling(2, seeds=5))
+    np.testing.assert_array_equal(words, parameters(sampling(2, seeds=5), 4))
 
 
 # --- devices
