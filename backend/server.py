@@ -13,8 +13,6 @@ import secrets
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +24,7 @@ from backend.devices import free_gpu_memory
 from backend.errors import LoadError, ServingError
 from backend.launcher import detach, leftovers, run_folder, tritonserver
 from backend.launcher.child import Child
+from backend.launcher.health import Health, ready, served
 from backend.launcher.output import Output
 from backend.launcher.ports import require_free
 from backend.launcher.tritonserver import Options, Ports
@@ -56,6 +55,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     listen.add_argument("--port", metavar="N", type=int, default=8001, help="gRPC (default 8001; 0: any free one)")
     listen.add_argument("--http-port", metavar="N", type=int, default=8000, help="default 8000; 0: any free one")
     listen.add_argument("--metrics-port", metavar="N", type=int, default=8002, help="default 8002; 0: any free one")
+    listen.add_argument(
+        "--health-port", metavar="N", type=int, help="GET /health (default 8003, with another --port any free one)"
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--explicit", action="store_true", help="models can be deployed into, and taken out of, the running server"
@@ -81,6 +83,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--repository is served as it is: --model, --name, --tensor-parallel, --dtype and --set do not go with it"
         )
+    if options.health_port is None:
+        options.health_port = 8003 if options.port == 8001 else 0
     return options
 
 
@@ -107,7 +111,8 @@ def serve(options: argparse.Namespace) -> int:
         raise LoadError("--cache-mib must not be negative")
     signal.signal(signal.SIGTERM, _interrupt)  # until the child is there to be stopped in order
     installation = tritonserver.find()
-    wanted = {"--port": options.port, "--http-port": options.http_port, "--metrics-port": options.metrics_port}
+    names = ("port", "http_port", "metrics_port", "health_port")
+    wanted = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
     ports = Ports(options.host, *require_free(options.host, wanted).values())
     tritonserver.check_host(installation, ports)
     leftovers.sweep()
@@ -125,6 +130,7 @@ def serve(options: argparse.Namespace) -> int:
         environment = tritonserver.environment(run_folder.cache(), folder / "tmp")
         child = Child(line, environment, folder / "cwd", output.read)
         stack.callback(child.kill)
+        stack.enter_context(served(Health(ports, models, output.states), ports.host, ports.health))
         return watch(child, output, ports, behaviour, models)
 
 
@@ -182,7 +188,7 @@ def watch(child: Child, output: Output, ports: Ports, behaviour: Options, models
             return _stop(child, output, behaviour)
         if child.ended() is not None:
             return _failed(child, output, "did not start")
-    local.announce(ports.grpc, ports.http, models, explicit=behaviour.explicit)
+    local.announce(ports.grpc, ports.http, models, behaviour.explicit, ports.health, ports.local)
     try:
         _greet(ports, models, time.monotonic() - begin)
         detach.tell_ready()
@@ -192,15 +198,6 @@ def watch(child: Child, output: Output, ports: Ports, behaviour: Options, models
         return _failed(child, output, "ended")
     finally:
         local.withdraw(ports.grpc)
-
-
-def ready(ports: Ports) -> bool:
-    """Whether every model that was to be loaded is; Triton opens its ports once that is decided."""
-    try:
-        with urllib.request.urlopen(f"http://{ports.local}:{ports.http}/v2/health/ready", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def _stop(child: Child, output: Output, behaviour: Options) -> int:
@@ -222,7 +219,7 @@ def _failed(child: Child, output: Output, what: str) -> int:
 
 def _greet(ports: Ports, models: Path, seconds: float) -> None:
     names = sorted(path.name for path in models.iterdir() if (path / "config.pbtxt").is_file())
-    at = f"{ports.local}:{ports.grpc} (gRPC), {ports.http} (HTTP), {ports.metrics} (metrics)"
+    at = f"{ports.local}:{ports.grpc} (gRPC), {ports.http} (HTTP), {ports.metrics} (metrics), {ports.health} (health)"
     _say(f"ready after {seconds:.0f} s: {', '.join(names) or 'no model yet'} on {at}")
     for name in names:
         made_from = repository.origin(models, name)

@@ -20,6 +20,10 @@ class Server:
     http_port: int
     repository: str
     explicit: bool
+    health_port: int = 0
+    """Where the launcher says over HTTP whether all is well; 0: nowhere."""
+    host: str = "127.0.0.1"
+    """By which this machine reaches it."""
 
 
 def folder() -> Path:
@@ -41,9 +45,11 @@ def find(grpc_port: int) -> Server | None:
     return server
 
 
-def announce(grpc_port: int, http_port: int, repository: Path, explicit: bool) -> Server:
+def announce(
+    grpc_port: int, http_port: int, repository: Path, explicit: bool, health_port: int = 0, host: str = "127.0.0.1"
+) -> Server:
     """Tell this user's clients of a server that this process launched."""
-    server = Server(os.getpid(), grpc_port, http_port, str(repository.absolute()), explicit)
+    server = Server(os.getpid(), grpc_port, http_port, str(repository.absolute()), explicit, health_port, host)
     fresh = _own_folder() / f".{grpc_port}.{server.pid}"
     fresh.write_text(json.dumps(asdict(server)), encoding="utf-8")
     fresh.replace(folder() / f"{grpc_port}.json")

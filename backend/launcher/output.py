@@ -8,8 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-OWN = "tritonspeed | "
-"""Opens every line that a model of ours prints about its start-up: `tritonspeed | MODEL | text`."""
+from backend.launcher.states import OWN, States
 
 _LOG = re.compile(r'([EWI])\d{4} [\d:.]+ \d+ ([\w.]+):\d+\] "?(.*?)"?$')
 _FAILED = re.compile(r"failed to load '([^']+)' version \d+: (?:\w[\w ]*: )?(?:TritonModelException: )?(.*)")
@@ -46,6 +45,7 @@ class Output:
         self.log = log
         self.tail: deque[str] = deque(maxlen=20)
         self.failures: list[str] = []
+        self.states = States()
         self._verbose = verbose
         self._show = show or _print
 
@@ -59,6 +59,7 @@ class Output:
 
     def _line(self, line: str) -> None:
         self.tail.append(line)
+        self.states.tell(line)
         told = telling(line)
         if told and " | failed: " in told:
             self.failures.append(told.replace(" | failed: ", " failed to load: ", 1))

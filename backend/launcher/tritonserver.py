@@ -33,6 +33,8 @@ class Ports:
     grpc: int
     http: int
     metrics: int
+    health: int = 0
+    """The launcher's own."""
 
     @property
     def loopback(self) -> bool:

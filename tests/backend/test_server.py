@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -19,14 +20,14 @@ import pytest
 
 from backend import server
 from backend.errors import LoadError
-from backend.launcher import leftovers, probe, tritonserver
+from backend.launcher import health, leftovers, probe, tritonserver
 from backend.launcher.output import Output, telling
 from backend.launcher.ports import require_free
 from backend.launcher.tritonserver import Installation, Options, Ports
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes"
 REPOSITORY = FAKES / "repository"
-ANY_PORT = ["--port=0", "--http-port=0", "--metrics-port=0"]
+ANY_PORT = ["--port=0", "--http-port=0", "--metrics-port=0"]  # and so the health port
 LOCAL = Ports("127.0.0.1", 1, 2, 3)
 SAFE = {"NVIDIA_TRITON_SERVER_VERSION": "26.10"}
 ANYWHERE = Ports("0.0.0.0", 1, 2, 3)
@@ -104,6 +105,13 @@ def gone(pids, seconds=10):
     return not any(map(alive, pids))
 
 
+def eventually(holds, seconds=20):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def assert_nothing_left(launcher, pids, run):
     assert gone(pids)
     assert [path.name for path in run.iterdir() if path.suffix != ".log"] == []
@@ -139,6 +147,30 @@ def test_verbose_shows_everything(fake):
 def test_working_directory_is_empty(fake):
     fake("ready").until("ready after")
     assert list(Path(fake.log.read_text().split("\n")[1]).iterdir()) == []
+
+
+def test_health_is_told_over_http_and_to_the_probe(fake):
+    launcher = fake("sick")
+    ready = launcher.until("ready after")
+    grpc, port = (int(re.search(rf":?(\d+) \({what}\)", ready)[1]) for what in ("gRPC", "health"))
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10)
+    with raised.value as answer:
+        assert (answer.code, answer.read()) == (503, b"model generate: down: rank 0 was killed\n")
+    assert probe.trouble(grpc) == "model generate: down: rank 0 was killed"
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)
+    raised.value.close()
+    assert raised.value.code == 404
+
+
+def test_a_server_without_trouble_is_well(fake):
+    launcher = fake("ready")
+    ready = launcher.until("ready after")
+    port = int(re.search(r"(\d+) \(health\)", ready)[1])
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+        assert (answer.status, answer.read()) == (200, b"ok\n")
+    assert probe.trouble(int(re.search(r":(\d+) \(gRPC\)", ready)[1])) is None
 
 
 def test_temporary_files_go_with_the_server(fake, tmp_path):
@@ -361,6 +393,12 @@ def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_health_port_goes_with_the_others():
+    assert server.parse([]).health_port == 8003
+    assert server.parse(["--port=9001"]).health_port == 0
+    assert server.parse(["--port=9001", "--health-port=9003"]).health_port == 9003
+
+
 def test_repository_and_model_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         server.parse(["--repository=x", "--set", "a=b"])
@@ -486,10 +524,14 @@ def test_the_probe_sees_a_killed_stub(launch):
     launcher = launch(f"--repository={REPOSITORY}")
     port = int(re.search(r":(\d+) \(gRPC\)", launcher.until("ready after"))[1])
     assert probe.trouble(port) is None
-    (stub,) = filter(probe._is_stub, psutil.Process(launcher.process.pid).children(recursive=True))
+    (stub,) = filter(health.is_stub, psutil.Process(launcher.process.pid).children(recursive=True))
+    stub.suspend()
+    eventually(lambda: probe.trouble(port) == "model echo: its process is gone or stopped")
+    stub.resume()
+    eventually(lambda: probe.trouble(port) is None)
     stub.kill()
     assert gone([stub.pid])
-    assert "echo" in probe.trouble(port)
+    eventually(lambda: probe.trouble(port) == "model echo: its process is gone or stopped")
     launcher.process.terminate()
     launcher.end()
     assert probe.trouble(port) == f"no server on port {port}"

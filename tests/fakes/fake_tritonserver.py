@@ -2,6 +2,7 @@
 """Stands in for tritonserver: takes its options, answers the readiness probe, and misbehaves as $FAKE says.
 
 ready: serves until SIGTERM.  deaf: also ignores SIGTERM.  broken: a model fails.  crash: serves, then dies at once.
+sick: serves, and its model says that it is down.
 """
 
 import http.server
@@ -23,6 +24,10 @@ if log := os.environ.get("FAKE_LOG"):
 
 print("tritonspeed | generate | rank 0 | loaded 40 %", flush=True)
 print('I1123 07:00:08.464342 9802 model_lifecycle.cc:472] "loading: generate:1"', flush=True)
+
+if mode == "sick":
+    print("I1123 07:00:08.464342 9802 model_lifecycle.cc:839] \"successfully loaded 'generate'\"", flush=True)
+    print("tritonspeed | generate | ready in 1 s\ntritonspeed | generate | down: rank 0 was killed", flush=True)
 
 if mode == "broken":
     why = r"Internal: TritonModelException: LoadError: no such model: /x\n\nAt:\n  /m/1/model.py(5): initialize\n"
