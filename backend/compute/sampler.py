@@ -21,8 +21,8 @@ __all__ = ["BROKEN", "Sampler", "bits", "gumbel", "row_keys"]
 BROKEN = -1
 """The id answered for a row whose logits hold NaN or +inf, or in which nothing is left to choose."""
 
-Draw = Callable[[Tensor, Tensor], Tensor]
-"""Logits [S, V] and parameters int32 [S, WORDS] -> ids [S]; see sampling/draw.py."""
+Draw = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Logits [S, V], parameters int32 [S, WORDS], log-probabilities to fill -> ids [S]; see sampling/draw.py."""
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -58,13 +58,18 @@ class Sampler:
         for history in histories:
             self._counts.restart(history)
         scores = self._adjusted(logits, sampling, slots)
+        logprobs: Tensor | None = None
         if self._kernels is not None and not sampling.greedy:
-            token_ids = self._kernels(scores, self._upload(parameters(sampling)))
+            if sampling.logprobs and scores is logits:
+                logprobs = torch.empty(len(logits), device=self.device)
+            token_ids = self._kernels(scores, self._upload(parameters(sampling)), logprobs)
         else:
             token_ids = self._chosen(scores, sampling)
         if sampling.penalised:
             self._counts.add(self._slots(slots), token_ids.clamp(min=0))
-        return token_ids, _logprobs(logits, token_ids.clamp(min=0)) if sampling.logprobs else None
+        if sampling.logprobs and logprobs is None:
+            logprobs = _logprobs(logits, token_ids.clamp(min=0))
+        return token_ids, logprobs
 
     def _chosen(self, scores: Tensor, sampling: Sampling) -> Tensor:
         """Ids [R], BROKEN among them, by torch's operations."""
