@@ -143,13 +143,13 @@ class Decoder:
     def _run(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """Sampled token ids [R] and log-probabilities [R] or None, on the device."""
         if plan.decode and (size := min((size for size in self._graphs if size >= len(plan.rows)), default=0)):
-            logits, best = self._graphs[size].replay(plan)
+            logits, tokens = self._graphs[size].replay(plan)
             if plan.sampling.plain:
-                return best, None
+                return tokens, None
         else:
             logits = self._logits(plan)
         slots, rows = self._put(plan.slots).long(), self._put(plan.rows)
-        token_ids, logprobs = self._sampler.sample(logits.float(), plan.sampling, slots[rows], plan.histories)
+        token_ids, logprobs = self._sampler.sample(logits, plan.sampling, slots[rows], plan.histories)
         if self._world > 1 and self._device.type == "cuda" and not plan.sampling.greedy:
             torch.distributed.broadcast(token_ids, 0)  # a scan on CUDA may round differently on another GPU
         self._last[slots[rows]] = token_ids.clamp(min=0)  # of a broken row too: the next step is already on its way
@@ -178,14 +178,22 @@ class Decoder:
 
     def _capture(self, size: int) -> DecodeGraph:
         width = -(-self._max_model_len // self._config.block_size)
-        return DecodeGraph(self._decode, Inputs(self._cache, size, width, len(self._last) - 1), self._pool)
+        return DecodeGraph(self, Inputs(self._cache, size, width, len(self._last) - 1), self._pool)
 
-    def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Logits [S, vocabulary] and the most likely tokens [S] of one token a sequence, noted for the next step."""
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """One token a sequence, for graphs.Decode."""
         logits = self._forward(self._known(ids, slots), positions, step, 0)
         values, tokens = self._ops.best(logits)
         self._last[slots] = tokens  # of a broken row too: the next step is already on its way
         return logits, torch.where(values - values == 0, tokens.int(), BROKEN)  # what is not finite minus itself is NaN
+
+    def draw(self, logits: Tensor, words: Tensor, slots: Tensor) -> Tensor:
+        """By each row's temperature and limits, for graphs.Decode."""
+        tokens = self._sampler.draw(logits, words)
+        if self._world > 1:
+            torch.distributed.broadcast(tokens, 0)
+        self._last[slots] = tokens.clamp(min=0)
+        return tokens.int()
 
     def _answer(self, token_ids: Tensor, values: Tensor | None) -> Sampled | Deferred:
         if self._device.type != "cuda":

@@ -1,15 +1,15 @@
-"""CUDA graphs of whole decode steps: one copy in, one launch, tokens out. It does not know how tokens are drawn.
+"""CUDA graphs of whole decode steps: one copy in, one launch or two, tokens out. It does not know how they are chosen.
 
 A graph replays the same kernels on the same tensors, so a step's values are copied into them first, all in one piece; a
 step of fewer sequences than the graph was captured for is padded with rows that attend to nothing and write to the
-scratch block and the spare slot. The graph takes the most likely tokens; where a request asks for other ones, its
-logits are there for the sampler.
+scratch block and the spare slot. One graph gives logits and the most likely tokens; a small second one, replayed after
+it where a row asks for it, draws them. Where a request asks for more, the logits are there for the sampler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,20 @@ from torch import Tensor
 from backend.compute.attention.base import kernel
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache
+from backend.compute.sampling.parameters import WORDS, lay_out
 from backend.generation.plan import Plan
 
-Forward = Callable[[Tensor, Tensor, Tensor, Step], tuple[Tensor, Tensor]]
-"""Ids, positions, slots of the state, all int64 [S], and the step -> logits [S, vocabulary], int32 tokens [S]."""
+Made = TypeVar("Made")
+
+
+class Decode(Protocol):
+    """The two halves of a step; S rows, integers int64 [S] but for the words."""
+
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Logits [S, vocabulary] and the most likely tokens, int32 [S], noted for the next step."""
+
+    def draw(self, logits: Tensor, words: Tensor, slots: Tensor) -> Tensor:
+        """Drawn tokens, int32 [S], noted for the next step; words [S, WORDS] are sampling.parameters'."""
 
 
 def sizes(most: int) -> list[int]:
@@ -36,10 +46,10 @@ class Inputs:
 
     def __init__(self, cache: KVCache, size: int, width: int, spare_slot: int) -> None:
         self._size, self._width, self._padding = size, width, [[cache.scratch_slot], [0], [0], [spare_slot]]
-        packed = np.zeros(size * (9 + width), np.int32)
+        packed = np.zeros(size * (9 + WORDS + width), np.int32)
         self._lay_out(packed, None)
         self._packed = torch.from_numpy(packed).to(cache.device)
-        longs, lengths, tables = _views(self._packed, size, width)
+        longs, lengths, self.words, tables = _views(self._packed, size, width)
         kv_slots, self.ids, self.positions, self.slots = longs.view(torch.int64).view(4, size).unbind()
         starts = np.arange(size + 1, dtype=np.int32)
         self.step = Step(
@@ -61,7 +71,7 @@ class Inputs:
         self._packed.copy_(host, non_blocking=True)
 
     def _lay_out(self, packed: NDArray[np.int32], plan: Plan | None) -> None:
-        longs, lengths, tables = _views(packed, self._size, self._width)
+        longs, lengths, words, tables = _views(packed, self._size, self._width)
         rows = longs.view(np.int64).reshape(4, self._size)
         count = 0 if plan is None else len(plan.slots)
         rows[:, count:], lengths[count:], tables[count:, :1] = self._padding, 0, 0
@@ -69,31 +79,50 @@ class Inputs:
             rows[:, :count] = plan.kv_slots, plan.input_ids, plan.positions, plan.slots
             lengths[:count] = plan.kv_lengths
             tables[:count, : plan.block_tables.shape[1]] = plan.block_tables  # what lies beyond is not read
+            if not plan.sampling.greedy:
+                lay_out(words, plan.sampling)
 
 
-def _views(packed: Any, size: int, width: int) -> tuple[Any, Any, Any]:
-    """Four rows of 64-bit words (KV slots, ids, positions, slots), lengths, block tables."""
-    return packed[: 8 * size], packed[8 * size : 9 * size], packed[9 * size :].reshape(size, width)
+def _views(packed: Any, size: int, width: int) -> tuple[Any, Any, Any, Any]:
+    """Four rows of 64-bit words (KV slots, ids, positions, slots), lengths, how rows are drawn, block tables."""
+    longs, lengths, words = 8 * size, 9 * size, (9 + WORDS) * size
+    tables = packed[words:].reshape(size, width)
+    return packed[:longs], packed[longs:lengths], packed[lengths:words].reshape(size, WORDS), tables
 
 
 class DecodeGraph:
     """A decode step, captured once. Graphs may share the memory `pool`, since no two of them run at the same time."""
 
-    def __init__(self, forward: Forward, inputs: Inputs, pool: Any) -> None:
+    def __init__(self, decode: Decode, inputs: Inputs, pool: Any) -> None:
         self._inputs = inputs
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels compile and libraries allocate before the capture
-            for _ in range(2):
-                forward(inputs.ids, inputs.positions, inputs.slots, inputs.step)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._logits, self._tokens = forward(inputs.ids, inputs.positions, inputs.slots, inputs.step)
+        self._graph, (self._logits, self._tokens) = captured(
+            lambda: decode.forward(inputs.ids, inputs.positions, inputs.slots, inputs.step), pool
+        )
+        self._draw, self._drawn = captured(lambda: decode.draw(self._logits, inputs.words, inputs.slots), pool)
 
     def replay(self, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Logits [R, vocabulary] and the most likely tokens [R] of a decode plan, valid until the next replay."""
+        """Logits [R, vocabulary] and tokens [R] of a decode plan, valid until the next replay.
+
+        The tokens are the most likely ones, or drawn where a row asks for that; penalties and the like are not in them.
+        """
         count = len(plan.rows)
         self._inputs.fill(plan)
         self._graph.replay()
-        return self._logits[:count], self._tokens[:count]
+        if plan.sampling.greedy or not plan.sampling.plain:
+            return self._logits[:count], self._tokens[:count]
+        self._draw.replay()
+        return self._logits[:count], self._drawn[:count]
+
+
+def captured(compute: Callable[[], Made], pool: Any) -> tuple[torch.cuda.CUDAGraph, Made]:
+    """A graph of what `compute` launches, and its result, which each replay computes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels compile and libraries allocate before the capture
+        for _ in range(2):
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        made = compute()
+    return graph, made

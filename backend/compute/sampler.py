@@ -71,6 +71,11 @@ class Sampler:
             logprobs = _logprobs(logits, token_ids.clamp(min=0))
         return token_ids, logprobs
 
+    def draw(self, logits: Tensor, words: Tensor) -> Tensor:
+        """Logits [R, V] and words [R, WORDS] of sampling.parameters -> ids int64 [R], by the kernels of CUDA alone."""
+        assert self._kernels is not None
+        return self._kernels(logits, words, None)
+
     def _chosen(self, scores: Tensor, sampling: Sampling) -> Tensor:
         """Ids [R], BROKEN among them, by torch's operations."""
         best, token_ids = scores.max(dim=-1)

@@ -51,8 +51,8 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether the most likely token of every row is all that is asked for."""
-        return self.greedy and not self.logprobs and not len(self.blocked) and not self.penalised
+        """Whether a token of each row is all that is asked for, chosen or drawn from the logits as they are."""
+        return not self.logprobs and not len(self.blocked) and not self.penalised
 
     @property
     def penalised(self) -> bool:

@@ -28,17 +28,20 @@ class FusedDecoders(Decoders):
 
 
 class Uncaptured:
-    """Computes the step of its inputs anew each time, where a graph would replay it."""
+    """Computes the step of its inputs anew each time, where graphs would replay it."""
 
     replays = 0
 
-    def __init__(self, forward: Any, inputs: Inputs, pool: Any) -> None:
-        self._forward, self._inputs = forward, inputs
+    def __init__(self, decode: Any, inputs: Inputs, pool: Any) -> None:
+        self._decode, self._inputs = decode, inputs
 
     def replay(self, plan: Plan) -> Any:
         Uncaptured.replays += 1
-        self._inputs.fill(plan)
-        lengths = self._inputs.step.kv_lengths.numpy().copy()
-        step = replace(self._inputs.step, host_lengths=lengths, kept={})
-        logits, tokens = self._forward(self._inputs.ids, self._inputs.positions, self._inputs.slots, step)
-        return logits[: len(plan.rows)], tokens[: len(plan.rows)]
+        inputs, count = self._inputs, len(plan.rows)
+        inputs.fill(plan)
+        step = replace(inputs.step, host_lengths=inputs.step.kv_lengths.numpy().copy(), kept={})
+        logits, tokens = self._decode.forward(inputs.ids, inputs.positions, inputs.slots, step)
+        if plan.sampling.plain and not plan.sampling.greedy:
+            tokens = self._decode._sampler._chosen(logits[:count], plan.sampling)  # no kernels here
+            self._decode._last[inputs.slots[:count]] = tokens.clamp(min=0)
+        return logits[:count], tokens[:count]
