@@ -39,10 +39,10 @@ from backend.compute.attention.tiles import (
 class Shape:
     """How the work is cut."""
 
-    tile_bytes: int = 16 << 10
-    """Keys of one tile; the values are as many again."""
+    tile_bytes: int = 8 << 10
+    """Keys of one tile; the values are as many again. Small, so that a thousand tokens are work for many programs."""
     warps: int = 4
-    stages: int = 3
+    stages: int = 5
     """Of the tiles after a program's first."""
     per_processor: int = 4
     """Programs to a multiprocessor, where every split has work."""
