@@ -1,8 +1,8 @@
 # tritonspeed on Triton's own image. Weights and the model repository are mounted, read-only:
 #   docker build -t tritonspeed .
-#   docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v "$PWD/models:/models:ro" tritonspeed
+#   docker run --rm --gpus all --shm-size 1g -p 8000-8003:8000-8003 -v "$PWD/models:/models:ro" tritonspeed
 # or one model from a folder of weights:
-#   docker run --rm --gpus all --shm-size 1g -p 8000-8002:8000-8002 -v "$PWD/opt:/weights:ro" tritonspeed --model /weights
+#   docker run --rm --gpus all --shm-size 1g -p 8000-8003:8000-8003 -v "$PWD/opt:/weights:ro" tritonspeed --model /weights
 # 26.07 is the floor: releases before it have published remote-code-execution CVEs.
 FROM nvcr.io/nvidia/tritonserver:26.10-py3
 
@@ -38,7 +38,7 @@ ENV HOME=/home/tritonspeed \
     TRITONSPEED_RUN=/home/tritonspeed/run \
     TRITONSPEED_CACHE=/home/tritonspeed/cache
 
-EXPOSE 8000 8001 8002
+EXPOSE 8000 8001 8002 8003
 HEALTHCHECK --interval=15s --timeout=10s --start-period=30m --retries=3 CMD ["python3", "-m", "backend.launcher.probe"]
 # Beyond loopback the launcher puts the server's own APIs behind a key: TRITONSPEED_ADMIN_KEY, or one it makes up and prints.
 ENTRYPOINT ["python3", "-P", "-m", "backend.server", "--host", "0.0.0.0"]

@@ -29,7 +29,7 @@ KEPT = 1.0
 SILENCE = 15.0
 """Seconds without a push of its metrics, one a second, after which a stub counts as hung."""
 _SECONDS = 5
-_BEAT = re.compile(r'^tritonspeed_heartbeat_seconds\{[^}]*model="([^"]*)"[^}]*\} ([\d.e+]+)$', re.M)
+BEAT = re.compile(r'^tritonspeed_heartbeat_seconds\{[^}]*model="([^"]*)"[^}]*\} ([\d.e+]+)$', re.M)
 
 
 def ready(ports: Ports) -> bool:
@@ -70,7 +70,7 @@ class Health:
     def _silent(self, loaded: list[str]) -> str | None:
         """By what stubs push into Triton's metrics, where it has any."""
         text = _read(f"http://{self._ports.local}:{self._ports.metrics}/metrics") or ""
-        for model, beat in _BEAT.findall(text):
+        for model, beat in BEAT.findall(text):
             if model in loaded and 0 < float(beat) < time.time() - SILENCE:
                 return f"model {model}: its process gives no sign of life"
         return None

@@ -68,9 +68,9 @@ class Served:
         while not self.ready.wait(0.1):
             lives = self.process.poll() is None and time.monotonic() < end
             assert lives, f"the server did not start:\n{self.said}\n{self._state()}"
-        found = re.search(r":(\d+) \(gRPC\), (\d+) \(HTTP\), (\d+) \(metrics\)", self.said)
+        found = re.search(r":(\d+) \(gRPC\), (\d+) \(HTTP\), (\d+) \(metrics\), (\d+) \(health\)", self.said)
         self.ports = [int(port) for port in found.groups()]
-        self.port, self.http, self.metrics = self.ports
+        self.port, self.http, self.metrics, self.health_port = self.ports
         self._channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
         self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         return self
@@ -135,6 +135,15 @@ class Served:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
+
+    def health(self):
+        """Nothing, or what the launcher says is wrong."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.health_port}/health", timeout=20) as answer:
+                assert answer.read() == b"ok\n"
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.read().decode().strip() if error.code == 503 else f"status {error.code}"
 
     def _state(self):
         """For the message of a server that does not come up."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.request
 
 import pytest
 import serving
@@ -14,6 +15,7 @@ from guests import guest, memory, tritonserver
 from serving import Served, answers, eventually, failure, gone, request
 
 from backend import repository
+from backend.launcher.health import BEAT
 from client import InvalidInput, models
 
 pytestmark = pytest.mark.server
@@ -38,7 +40,7 @@ def test_a_rank_that_hangs_is_replaced(served, tiny):
         said = len(served.said)
         assert text(served, "tiny")
         *_, last = call
-        assert re.match(r"EngineDown: rank 0 has not answered for \d s; the model is restarting", last.error_message)
+        assert re.match(r"EngineDown: rank 0 has not answered for 3 s; the model is restarting", last.error_message)
         assert gone([rank]) == []
         assert eventually(lambda: f"{name} | ready in" in served.said[said:], 90)
         assert text(served, name) == before
@@ -51,17 +53,33 @@ def test_a_model_that_cannot_be_restarted_stays_failed_and_the_others_serve(serv
     weights, aside = folder / "model.safetensors", folder / "aside"
     with guest(served, "generate", "failing", folder, max_restarts=2, restart_backoff=0.1) as name:
         before, (_, (rank,)) = text(served, name), served.family(name)
+        eventually(lambda: served.health() is None)
         weights.rename(aside)
         rank.kill()
+        eventually(lambda: served.health() == f"model {name}: down: rank 0 was killed by SIGKILL")
         reason = "EngineDown: the model has failed for good (rank 0 was killed by SIGKILL)"
         eventually(lambda: failure(served.ask(request(name, "the"))).startswith(reason), 90)
         assert served.family(name)[1] == []
+        eventually(lambda: served.health() == f"model {name}: has failed for good (rank 0 was killed by SIGKILL)")
         assert text(served, "tiny")
         aside.rename(weights)
         with served.control() as control:
             control.unload(name, 60)
             control.wait_gone(name, 60)
             control.load(name, 120)
+        assert text(served, name) == before
+        eventually(lambda: served.health() is None)
+
+
+def test_a_rank_that_hangs_while_idle_is_replaced_without_traffic(served, tiny):
+    with guest(served, "generate", "dozing", tiny, heartbeat_timeout=1) as name:
+        before, (_, (rank,)) = text(served, name), served.family(name)
+        with urllib.request.urlopen(f"http://127.0.0.1:{served.metrics}/metrics", timeout=10) as answer:
+            assert name in [model for model, _ in BEAT.findall(answer.read().decode())]
+        rank.send_signal(signal.SIGSTOP)
+        eventually(lambda: served.health() == f"model {name}: down: rank 0 has given no sign of life for 1 s")
+        assert gone([rank]) == []
+        eventually(lambda: served.health() is None, 90)
         assert text(served, name) == before
 
 
