@@ -139,6 +139,7 @@ class Exporter:
         except Exception as error:
             reporter(args["model_name"])(f"no metrics: {error}")
         else:
+            self._push()  # what is ready is already known to be up
             self._thread.start()
 
     def close(self) -> None:
@@ -165,16 +166,18 @@ class Exporter:
                 self._series[metric.name, reason] = family.Metric(labels=labels, **buckets)
 
     def _run(self) -> None:
-        last = False
-        while not last:
-            last = self._closing.wait(PUSH)
-            try:
-                for change in self._tally.changes(last):
-                    self._push(change)
-            except Exception as error:  # the next push may work
-                log.error("metrics could not be pushed", exc_info=error)
+        while not self._closing.wait(PUSH):
+            self._push()
+        self._push(last=True)
 
-    def _push(self, change: Change) -> None:
+    def _push(self, last: bool = False) -> None:
+        try:
+            for change in self._tally.changes(last):
+                self._tell(change)
+        except Exception as error:  # the next push may work
+            log.error("metrics could not be pushed", exc_info=error)
+
+    def _tell(self, change: Change) -> None:
         series = self._series[change.metric.name, change.reason]
         if change.metric.kind == COUNTER:
             series.increment(change.value)
