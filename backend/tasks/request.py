@@ -7,19 +7,25 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
+from backend.errors import InvalidInput
 from backend.metrics import TASK
 from backend.tally import Tally, reason_of
 from backend.tasks.task import Array, Row, Task
 
 _log = logging.getLogger(__name__)
-_settling = threading.Lock()
-"""When the ranks fail, the service's thread and callers may settle the same request."""
 
 
 class Asked(Protocol):
-    """One request; exactly one of the two ways of answering is used, once."""
+    """One request; exactly one of `answer` and `fail` is used, once."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Its time limit in µs as `timeout`, among others; before `rows`."""
+
+    def cancelled(self) -> bool:
+        """Whether the caller has gone; not to be asked once it is answered."""
 
     def rows(self) -> list[Row]:
         """Its inputs; InvalidInput where they cannot be read."""
@@ -46,6 +52,27 @@ class Request:
     """One a piece, as far as they have come."""
     missing: int = 0
     settled: bool = False
+    deadline: float = inf
+    _settling: threading.Lock = field(default_factory=threading.Lock)
+    """The service's thread, the watch and callers may settle the same request."""
+
+    def read(self, task: Task) -> None:
+        """Its time limit, which counts from here, and its rows; InvalidInput where they cannot be read."""
+        limit = self.asked.parameters().get("timeout", 0)
+        if not isinstance(limit, int) or limit < 0:
+            raise InvalidInput(f"timeout must be microseconds, a whole number from 0, not {limit!r:.80}")
+        self.deadline = self.arrived + limit / 1e6 if limit else inf
+        self.items = [task.parse(row) for row in self.asked.rows()]
+
+    @property
+    def late(self) -> bool:
+        """Whether its time limit has passed."""
+        return time.monotonic() > self.deadline
+
+    def left(self) -> bool:
+        """Whether its caller has gone without an answer; costs about 100 µs."""
+        with self._settling:
+            return not self.settled and self.asked.cancelled()
 
     def take(self, prepared: Iterable[list[Any]]) -> None:
         """Its pieces, by item."""
@@ -70,7 +97,7 @@ class Request:
 
     def settle(self, outcome: dict[str, Array] | Exception) -> None:
         """Answer or fail it, once: whatever comes later is passed over. It does not raise."""
-        with _settling:
+        with self._settling:
             if self.settled:
                 return
             self.settled = True

@@ -29,6 +29,7 @@ from backend.tasks.pool import Batch, Pool
 from backend.tasks.request import Asked, Request
 from backend.tasks.task import Array, Task
 from backend.tasks.text import Texts
+from backend.tasks.watch import Watch
 
 IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
@@ -58,6 +59,7 @@ class Service:
         self._report = report
         self._group = RankGroup(self.config, self.task.worker, report, name)
         self._pool = Pool(self.task.cut)
+        self._watch = Watch()
         self._sent: deque[Batch] = deque()
         self._begun = 0.0
         self._down = "is loading"
@@ -72,6 +74,7 @@ class Service:
         """Load and warm up; LoadError with a one-line reason otherwise."""
         self._thread.start()
         self._started.result()
+        self._watch.start()
 
     @property
     def healthy(self) -> bool:
@@ -86,7 +89,9 @@ class Service:
         """Answer each request, sooner or later, exactly once."""
         requests = [Request(each, self.tally) for each in asked]
         try:
-            self._put(self._prepared(requests))
+            prepared = self._prepared(requests)
+            self._watch.add(prepared)
+            self._put(prepared)
         except Exception as error:
             for request in requests:
                 request.settle(error)
@@ -100,6 +105,7 @@ class Service:
             self._thread.join(CLOSING)
             self._group.kill()  # a rank that hangs
             self._thread.join()
+        self._watch.close()
 
     def _reason(self) -> str:
         """Why nothing is served now, or nothing."""
@@ -134,7 +140,7 @@ class Service:
     def _parse(self, request: Request) -> bool:
         """Whether its rows could be read; one bad request fails alone."""
         try:
-            request.items = [self.task.parse(row) for row in request.asked.rows()]
+            request.read(self.task)
         except Exception as error:
             request.settle(error)
         return not request.settled

@@ -11,8 +11,16 @@ from backend.tasks.service import Service
 class Asked:
     """One request of some rows and what came of it."""
 
+    gone, given = False, {}
+
     def __init__(self, rows):
         self._rows, self.outcome, self._done = rows, None, threading.Event()
+
+    def parameters(self):
+        return self.given
+
+    def cancelled(self):
+        return self.gone
 
     def rows(self):
         return self._rows

@@ -117,6 +117,37 @@ def test_what_waits_too_long_in_the_queue_is_refused(server):
         assert pipe("afterwards").shape == (384,)
 
 
+LONG = [f"{j} " + "long " * 200 for j in range(64)]
+"""A request that takes seconds."""
+
+
+def ended(server, reason, model="embed"):
+    """How many requests have ended so."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    labels = (f'model="{model}"', f'finished_reason="{reason}"')
+    own = [line for line in lines if line.startswith("vllm:request_success_total{") and all(x in line for x in labels)]
+    return float(own[0].split()[-1]) if own else 0.0
+
+
+def test_a_time_limit_ends_what_is_computed(server):
+    error = tried(server, LONG, timeout=300_000)
+    assert error.status() == "StatusCode.UNAVAILABLE" and "DeadlineExceeded: the request's time limit" in str(error)
+    assert ask(server, ["afterwards"]).shape == (1, 384)
+
+
+def test_who_leaves_is_computed_no_more(server):
+    before = ended(server, "cancelled")
+    tensor = InferInput("text", [64, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[text.encode()] for text in LONG], object))
+    with InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        call = client.async_infer("embed", [tensor], callback=lambda result, error: None)
+        time.sleep(0.4)  # it is under way
+        call.cancel()
+        eventually(lambda: ended(server, "cancelled") == before + 1)
+    assert ask(server, ["afterwards"]).shape == (1, 384)
+
+
 def test_overflow_over_http_is_503(server):
     tensor = {"name": "text", "datatype": "BYTES", "shape": [16, 1], "data": ["long " * 200] * 16}
     with ThreadPoolExecutor(24) as pool:

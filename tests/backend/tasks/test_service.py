@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from backend.config import EngineConfig
-from backend.errors import EngineDown, InvalidInput, LoadError, ServingError
+from backend.errors import Cancelled, DeadlineExceeded, EngineDown, InvalidInput, LoadError, ServingError
 from backend.tasks import TASKS
+from backend.tasks.request import Request
 from backend.tasks.service import Service
+from backend.tasks.watch import Watch
 
 FAKES = Path(__file__).parents[2] / "fakes"
 
@@ -22,9 +24,18 @@ FAKES = Path(__file__).parents[2] / "fakes"
 class Asked:
     """One request, and every answer that it got."""
 
-    def __init__(self, *rows, unsendable=False):
+    def __init__(self, *rows, unsendable=False, timeout=0):
         self._rows, self._unsendable = rows, unsendable
+        self.given, self.gone = {"timeout": timeout} if timeout else {}, False
+        self.asked_too_late = False
         self.got, self.done = [], threading.Event()
+
+    def parameters(self):
+        return self.given
+
+    def cancelled(self):
+        self.asked_too_late |= bool(self.got)
+        return self.gone
 
     def rows(self):
         return list(self._rows)
@@ -211,6 +222,55 @@ def test_what_waits_while_the_ranks_die_is_answered_once(service):
         each.one()
     assert {len(each.got) for each in asked} == {1}
     assert any(isinstance(each.got[0], EngineDown) for each in asked)
+
+
+def test_a_time_limit_ends_what_waits_and_what_is_computed_and_no_neighbour(service, monkeypatch):
+    found = sizes(service, monkeypatch)
+    service.serve([late := ask(*range(30), how="slow", timeout=250_000), fine := ask(1), easy := ask(2, timeout=10**9)])
+    with pytest.raises(DeadlineExceeded, match="time limit"):
+        raise late.one()
+    assert fine.doubled() == [[2]] and easy.doubled() == [[4]]
+    computed = sum(found)
+    service.serve([after := ask(3)])
+    assert after.doubled() == [[6]]
+    assert sum(found) == computed + 1 < 32
+    assert [len(each.got) for each in (late, fine, easy, after)] == [1, 1, 1, 1]
+
+
+def test_a_time_limit_holds_while_a_rank_hangs(service):
+    service.serve([late := ask(1, how="hang", timeout=200_000)])
+    assert isinstance(late.one(5), DeadlineExceeded)
+
+
+def test_who_has_gone_is_computed_no_more(service, monkeypatch):
+    found = sizes(service, monkeypatch)
+    service.serve([gone := ask(*range(30), how="slow"), fine := ask(1)])
+    gone.gone = True
+    assert isinstance(gone.one(5), Cancelled)
+    assert fine.doubled() == [[2]]
+    service.serve([after := ask(3)])
+    assert after.doubled() == [[6]]
+    assert sum(found) < 32
+    time.sleep(0.3)
+    assert not any(each.asked_too_late for each in (gone, fine, after))
+
+
+@pytest.mark.parametrize("limit", ["soon", -1, 0.5])
+def test_a_time_limit_that_is_none_is_refused(service, limit):
+    service.serve([bad := ask(1, timeout=limit), good := ask(2)])
+    with pytest.raises(InvalidInput, match="timeout must be microseconds"):
+        raise bad.one()
+    assert good.doubled() == [[4]]
+
+
+def test_many_open_requests_are_all_asked_in_turn():
+    watch, requests = Watch(), [Request(ask(number)) for number in range(130)]
+    watch.add(requests)
+    for each in requests[::2]:
+        each.asked.gone = True
+    for _ in range(5):
+        watch._look()
+    assert [request.settled for request in requests] == [True, False] * 65
 
 
 def test_a_death_while_idle_is_noticed(service):
