@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from backend.compute.encoders.load import _hide, _show, _tie
 from backend.compute.load import put, restore
-from backend.compute.load_encoder import _hide, _show, _tie
 from backend.compute.sharding import check_shards, shard, spans
 from backend.compute.weights import Span
 from backend.errors import LoadError

@@ -56,7 +56,7 @@ class Texts:
 class TextTask:
     """Base of the text tasks. One thread parses and prepares, another one finishes."""
 
-    worker: ClassVar[str] = "backend.compute.encoder:Encoder"
+    worker: ClassVar[str] = "backend.compute.encoders.encoder:Encoder"
     auto: ClassVar[str]
     """transformers' class that loads the model."""
     warm: ClassVar[dict[str, Any]] = {}

@@ -60,7 +60,7 @@ class Images:
 class TextToImage:
     """Images of prompts. An image's seed alone fixes its noise, whatever shares its batch."""
 
-    worker: ClassVar[str] = "backend.compute.diffusion:Diffusion"
+    worker: ClassVar[str] = "backend.compute.images.diffusion:Diffusion"
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         self.config, self.folder = config, PipelineFolder.open(folder)

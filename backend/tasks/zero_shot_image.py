@@ -46,7 +46,7 @@ class Pictured:
 class ZeroShotImage:
     """Labels of images."""
 
-    worker: ClassVar[str] = "backend.compute.clip:Clip"
+    worker: ClassVar[str] = "backend.compute.images.clip:Clip"
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         self.config, checkpoint = config, Checkpoint.open(folder)

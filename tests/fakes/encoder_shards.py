@@ -71,7 +71,7 @@ def _rank(rank, world, scratch, cases):
 
 
 def _attempt(folder, auto, world):
-    from backend.compute.load_encoder import load_encoder
+    from backend.compute.encoders.load import load_encoder
     from backend.errors import LoadError
     from backend.model_folder import Checkpoint
 

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 
 from tiny_encoders import write
 
-from backend.compute.encoder import Encoder
-from backend.compute.encoder_graphs import Capture
-from backend.compute.packed_attention import Spread
-from backend.compute.packing import Layout, Packing
-from backend.compute.token_buckets import Bucket
+from backend.compute.encoders.attention import Spread
+from backend.compute.encoders.buckets import Bucket
+from backend.compute.encoders.encoder import Encoder
+from backend.compute.encoders.graphs import Capture
+from backend.compute.encoders.packing import Layout, Packing
 from backend.config import EngineConfig
 from backend.ranks.rank import Birth
 from backend.tasks.service import Service
@@ -138,6 +138,12 @@ class Ask:
 
     def __init__(self, texts):
         self._texts, self.outcome = texts, Future()
+
+    def parameters(self):
+        return {}
+
+    def cancelled(self):
+        return False
 
     def rows(self):
         return [{"text": text.encode()} for text in self._texts]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from backend.compute.diffusion import Diffusion, drawn, part, quantized
-from backend.compute.diffusion_pipeline import variant_of
-from backend.compute.diffusion_prompts import embedded
+from backend.compute.images.diffusion import Diffusion, drawn, part, quantized
+from backend.compute.images.pipeline import variant_of
+from backend.compute.images.prompts import embedded
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.ranks.group import RankGroup

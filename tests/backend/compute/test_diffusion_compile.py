@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from backend.compute.diffusion import Diffusion
-from backend.compute.diffusion_compile import Compiled, fuse
-from backend.compute.diffusion_pipeline import denoiser_of
+from backend.compute.images.compiled import Compiled, fuse
+from backend.compute.images.diffusion import Diffusion
+from backend.compute.images.pipeline import denoiser_of
 from backend.config import EngineConfig
 from backend.ranks.group import RankGroup
 from backend.ranks.rank import Birth

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from backend.compute.diffusion_graphs import HOST_STEPS, ForwardGraphs, _renew, keep_steps_on_host
+from backend.compute.images.graphs import HOST_STEPS, ForwardGraphs, _renew, keep_steps_on_host
 
 
 @pytest.mark.parametrize("name", HOST_STEPS)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 from tiny_encoders import write
 
-from backend.compute.encoder import Encoder
+from backend.compute.encoders.encoder import Encoder
 from backend.config import EngineConfig
 from backend.ranks.rank import Birth
 from backend.tasks import TASKS
@@ -63,7 +63,7 @@ def pieces(kinds):
 def test_sequences_of_a_micro_batch_do_not_see_each_other(encoder, tmp_path, family, kinds):
     folder = write(tmp_path / "model", family, "AutoModel")
     worker = encoder(folder)
-    assert worker.warm_up() is None
+    assert worker.warm_up() is False  # on CPU texts are padded
     model = transformers.AutoModel.from_pretrained(folder).eval()
     given = pieces(max(kinds, 2))  # roberta's tokenizers may tell two kinds apart, of which it knows one
     answers = worker.forward(Texts.of(given))
@@ -82,7 +82,7 @@ def packs(monkeypatch):
 
     def allow(capture):
         monkeypatch.setattr(Encoder, "_packs", lambda self, dtype: True)
-        monkeypatch.setattr("backend.compute.encoder.Capture", lambda: capture)
+        monkeypatch.setattr("backend.compute.encoders.encoder.Capture", lambda: capture)
 
     return allow
 

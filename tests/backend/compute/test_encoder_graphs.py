@@ -5,9 +5,9 @@ import logging
 import numpy as np
 import torch
 
-from backend.compute import encoder_graphs
-from backend.compute.encoder_graphs import StackGraphs, agree
-from backend.compute.token_buckets import Bucket
+from backend.compute.encoders import graphs as encoder_graphs
+from backend.compute.encoders.buckets import Bucket
+from backend.compute.encoders.graphs import StackGraphs, agree
 
 
 class Doubling:

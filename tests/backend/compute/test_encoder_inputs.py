@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from backend.compute.encoder_inputs import Inputs
+from backend.compute.encoders.inputs import Inputs
 from backend.tasks.text import Texts
 
 LENGTHS = [3, 1, 4]

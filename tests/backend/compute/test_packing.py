@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers
 
-from backend.compute.packed_attention import Spread, packable, packed
-from backend.compute.packing import Layout, Packing
-from backend.compute.token_buckets import Bucket
+from backend.compute.encoders.attention import Spread, packable, packed
+from backend.compute.encoders.buckets import Bucket
+from backend.compute.encoders.packing import Layout, Packing
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 SMALL |= {"vocab_size": 100, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

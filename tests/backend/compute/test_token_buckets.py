@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from backend.compute.token_buckets import Bucket, usual
+from backend.compute.encoders.buckets import Bucket, usual
 
 
 def lengths_of(seed, most=512):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from backend.compute.encoder_graphs import StackGraphs
-from backend.compute.packed_attention import NAME, Spread, register
-from backend.compute.recorded_layers import Call, Layers
-from backend.compute.token_buckets import Bucket
+from backend.compute.encoders.attention import NAME, Spread, register
+from backend.compute.encoders.buckets import Bucket
+from backend.compute.encoders.graphs import StackGraphs
+from backend.compute.encoders.recorded_layers import Call, Layers
 
 
 @dataclass(frozen=True, slots=True, eq=False)

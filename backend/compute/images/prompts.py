@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from backend.compute.diffusion_pipeline import text_encoders
+from backend.compute.images.pipeline import text_encoders
 from backend.compute.split_loaded import split, unsplittable
 
 NAMES = {

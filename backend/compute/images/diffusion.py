@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from backend.checkpoint import resolve
-from backend.compute.diffusion_compile import Compiled, compiled, dismiss_compilers
-from backend.compute.diffusion_graphs import ForwardGraphs, keep_steps_on_host
-from backend.compute.diffusion_guidance import shared_guidance
-from backend.compute.diffusion_pipeline import denoiser_of, dtype_of, inpainting, load, place, text_encoders
-from backend.compute.diffusion_prompts import embedded, split_text_encoders, stacked
+from backend.compute.images.compiled import Compiled, compiled, dismiss_compilers
+from backend.compute.images.graphs import ForwardGraphs, keep_steps_on_host
+from backend.compute.images.guidance import shared_guidance
+from backend.compute.images.pipeline import denoiser_of, dtype_of, inpainting, load, place, text_encoders
+from backend.compute.images.prompts import embedded, split_text_encoders, stacked
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.config import EngineConfig

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from backend.checkpoint import Checkpoint, resolve
 from backend.compute.decoder import dtype_of
-from backend.compute.encoder_graphs import Capture, agree
-from backend.compute.encoder_inputs import Inputs
-from backend.compute.load_encoder import load_encoder
-from backend.compute.packed_attention import packable
-from backend.compute.packing import Packing
+from backend.compute.encoders.attention import packable
+from backend.compute.encoders.buckets import usual
+from backend.compute.encoders.graphs import Capture, agree
+from backend.compute.encoders.inputs import Inputs
+from backend.compute.encoders.load import load_encoder
+from backend.compute.encoders.packing import Packing
 from backend.compute.tensor_parallel import join
-from backend.compute.token_buckets import usual
 from backend.compute.upload import download
 from backend.encoders import longest
 from backend.ranks.rank import Birth, Deferred

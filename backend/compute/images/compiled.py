@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from backend.compute.diffusion_graphs import signature
-from backend.compute.diffusion_pipeline import denoiser_of
+from backend.compute.images.graphs import signature
+from backend.compute.images.pipeline import denoiser_of
 
 TOLERANCE = 0.05
 """Compiled against plain in half precision, relative to the largest value; a wrong kernel shows as far more."""

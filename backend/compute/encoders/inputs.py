@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backend.compute.packing import Layout
-from backend.compute.token_buckets import Bucket
+from backend.compute.encoders.buckets import Bucket
+from backend.compute.encoders.packing import Layout
 from backend.tasks.text import Texts
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backend.compute.packed_attention import Spread
-from backend.compute.token_buckets import Bucket, stepped
+from backend.compute.encoders.attention import Spread
+from backend.compute.encoders.buckets import Bucket, stepped
 
 MOST = 256
 """Graphs that are kept."""

@@ -1,0 +1,1 @@
+"""Images: diffusers pipelines and CLIP, on one rank or several. Imports nothing."""
