@@ -290,7 +290,7 @@ class Engine:
             self.vocab = capacities[0].vocab_size
             blocks, self.max_model_len = share(self.config, capacities)
             self._group.call("allocate", blocks, self.max_model_len, timeout=limit)
-            self._group.call("warm_up", timeout=limit)
+            proofs = self._group.call("warm_up", timeout=limit)
         except BaseException:
             self._group.close()
             raise
@@ -298,6 +298,7 @@ class Engine:
             BlockPool(blocks, self.config.block_size), self.config.max_sequences, self.config.step_tokens
         )
         self._account.opened()
+        self.tally.proof_difference = max((proof for proof in proofs if proof), default=0.0)
         self.tally.up(len(capacities), time.monotonic() - start)
         self._down = ""
         self._restarts.served()

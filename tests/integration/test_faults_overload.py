@@ -31,6 +31,7 @@ def test_ten_thousand_at_once(served):
     stub, _ = served.family("single")
     before = memory(stub, tritonserver(served))
     counted = [counter(served, f"nv_inference_request_{what}", "single") for what in ("success", "failure")]
+    own = counter(served, "tritonspeed_refused_total", "single")
     running = served.ask(request("single", "the", stream=True, **LONG), timeout=280)
     next(running)
     messages = [[] for _ in range(STREAMS)]
@@ -61,6 +62,7 @@ def test_ten_thousand_at_once(served):
         assert pipe("the quick", **GREEDY).text
     now = [counter(served, f"nv_inference_request_{what}", "single") for what in ("success", "failure")]
     assert sum(now) - sum(counted) == MANY + 2  # the long one, and the one afterwards
+    assert eventually(lambda: counter(served, "tritonspeed_refused_total", "single") - own == MANY - 2)
 
 
 def test_a_deadline_in_prefill(served):
