@@ -13,6 +13,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from backend import parent
 from backend.errors import InvalidInput, ServingError, serving
 from backend.metrics import COUNTER, GAUGE
 from backend.tally import Change, Tally
@@ -173,6 +174,8 @@ class Exporter:
     def _push(self, last: bool = False) -> None:
         try:
             for change in self._tally.changes(last):
+                if not parent.lives():  # 2.51 would keep the interpreter waiting for it, and this process for ever
+                    return self._closing.set()
                 self._tell(change)
         except Exception as error:  # the next push may work
             log.error("metrics could not be pushed", exc_info=error)
