@@ -182,6 +182,7 @@ def environment(cache: Path, temporary: Path, inherited: Mapping[str, str] = os.
         "OMP_NUM_THREADS": "1",  # for the stub; each rank sets its own number
         "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "torchinductor"),  # else in the folder for temporary files
+        "TRITON_CACHE_DIR": str(cache / "triton"),  # compiled kernels; else in the home, which a container may lack
         **inherited,
         "PATH": f"{folder}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
