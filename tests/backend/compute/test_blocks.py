@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from backend.compute import blocks, norms
+from backend.compute import blocks, layer_parts, norms
 from backend.compute.cache import KVCache, probe
 from backend.compute.load import load
 from backend.config import EngineConfig
@@ -104,7 +104,7 @@ def test_names_that_are_not_known_disqualify(folders: Any) -> None:
 def test_unmerged_projections_disqualify(folders: Any) -> None:
     model, specs = opened(folders("llama"))
     model.model.layers[0].self_attn.q_proj = nn.Linear(72, 72)
-    reason = blocks.parts_of(model.model.layers[0], specs[0])
+    reason = layer_parts.parts_of(model.model.layers[0], specs[0])
     assert reason == "its projections are not merged"
 
 
