@@ -23,6 +23,9 @@ Array = NDArray[Any]
 Outputs = Mapping[str, Array]
 log = logging.getLogger("tritonspeed")
 
+if parent.is_triton():
+    parent.leave_with()
+
 
 def reporter(model: str) -> Callable[[str], None]:
     """Tells of start-up and failures in single lines that the launcher can find in the server's output."""

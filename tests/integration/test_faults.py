@@ -112,6 +112,10 @@ def test_killed_servers_and_ctrl_c_with_an_open_stream(start):
     first = start("first")
     processes = first.processes()
     assert {"tritonserver", "triton_python_backend_stub"} <= {p.name()[:26] for p in processes} and len(processes) >= 4
+    calls = [first.ask(request("tiny", "the", stream=True, **LONG)) for _ in range(2)]
+    for call in calls:
+        next(call)
+    time.sleep(0.3)  # long enough for the stub to ask whether they are still there
     first.process.kill()
     assert gone(processes, WITHIN) == []
 
