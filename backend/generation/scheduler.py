@@ -9,6 +9,7 @@ from array import array
 from typing import NamedTuple
 
 from backend.errors import InvalidInput
+from backend.generation.admission import Headroom
 from backend.generation.blocks import BlockPool
 from backend.generation.heap import Heap
 from backend.generation.sequence import Sequence
@@ -51,9 +52,12 @@ class Scheduler:
     write there, but any step that uses them for another comes later.
     """
 
-    def __init__(self, pool: BlockPool, max_sequences: int, step_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, max_sequences: int, step_tokens: int, kv_headroom: float = 0.0) -> None:
         self.pool = pool
         self.step_tokens = step_tokens
+        self.prefill_budget = step_tokens
+        """Of those, at least 1, for chunks that are more than one more token; set between steps."""
+        self._headroom = Headroom(kv_headroom, pool)
         self.preemptions = 0
         """Sequences put back to waiting so far, because blocks ran out."""
         # No more sequences than a step has tokens: so each running one advances in every step, and none starves.
@@ -97,6 +101,8 @@ class Scheduler:
         if seq.finish_reason:
             return
         seq.finish_reason = reason
+        if reason in ("stop", "length"):
+            self._headroom.ended(seq)
         self._waiting.discard(seq)
         self._deadlines.discard(seq)
         if seq in self._running:
@@ -116,7 +122,8 @@ class Scheduler:
         Empty, though not `idle`, when nothing can be done before a step in flight is committed.
         """
         chunks = self._continue_running()
-        return chunks + self._admit_waiting(self.step_tokens - sum([chunk.length for chunk in chunks]))
+        budget = self.step_tokens - sum([chunk.length for chunk in chunks])
+        return chunks + self._admit_waiting(min(budget, self.prefill_budget - prompt_tokens(chunks)))
 
     def commit(self, chunks: list[Chunk], token_ids: list[int]) -> list[Accepted]:
         """Record a computed step: `token_ids` holds one token for each chunk that samples, in order."""
@@ -145,36 +152,50 @@ class Scheduler:
 
     def _continue_running(self) -> list[Chunk]:
         chunks = []
-        budget = self.step_tokens
+        budget, prefill = self.step_tokens, self.prefill_budget
         for seq in sorted(self._running, key=_turn):
             if not budget:
                 break
             if seq.slot < 0 or seq.room <= 0:  # preempted a moment ago, or all it may ask for is in flight
                 continue
-            length = min(seq.pending, budget)
+            prompt = seq.pending > 1
+            length = min(seq.pending, budget, prefill) if prompt else 1
+            if not length:
+                break  # those with one more token came before
             if self.pool.grow(seq, seq.computed + length) or self._preempt_for(seq, seq.computed + length):
                 chunks.append(_advance(seq, length))
                 budget -= length
+                prefill -= length * prompt
         return chunks
 
     def _admit_waiting(self, budget: int) -> list[Chunk]:
         """Give waiting sequences their first chunks, in their order, until one finds no room."""
-        chunks = []
+        chunks: list[Chunk] = []
         held_back: list[Sequence] = []
+        if budget <= 0 or not self._free_slots or not self._waiting:
+            return chunks
+        needed = self._headroom.need(self._running)
         while budget and self._free_slots and len(held_back) < HELD_BACK and (seq := self._waiting.first()):
             if self.pool.awaits(seq):
                 held_back.append(seq)
                 self._waiting.discard(seq)
-            elif seq.in_flight or not self.pool.admit(seq, spare=len(self._running)):
-                break  # spare: without a block for each running sequence the next steps would preempt this one again
+            elif seq.in_flight or not self.pool.admit(seq, spare=self._spare(seq, needed)):
+                break
             else:
                 self._enter(seq)
+                needed += self._headroom.need([seq])
                 length = min(seq.pending, budget)
                 chunks.append(_advance(seq, length, first=True))
                 budget -= length
         for seq in held_back:
             self._waiting.push(seq)
         return chunks
+
+    def _spare(self, seq: Sequence, needed: int) -> int:
+        """Blocks to be left free: without one for each running sequence the next steps would preempt this one again."""
+        if not self._running:
+            return 0
+        return max(len(self._running), self._headroom.blocks(needed + self._headroom.need([seq])))
 
     def _preempt_for(self, seq: Sequence, length: int) -> bool:
         """Preempt until there are blocks for `length` tokens of `seq`; False if it was itself preempted.
@@ -218,6 +239,11 @@ def _order(seq: Sequence) -> tuple[int, int]:
 def _turn(seq: Sequence) -> tuple[bool, int, int]:
     """Whose turn it is: one more token costs nobody much, so it comes before the rest of any prompt."""
     return seq.pending > 1, seq.priority, seq.arrival
+
+
+def prompt_tokens(chunks: list[Chunk]) -> int:
+    """Tokens of the chunks that are more than one more token."""
+    return sum([chunk.length for chunk in chunks if chunk.length > 1 or not chunk.samples])
 
 
 def _advance(seq: Sequence, length: int, first: bool = False) -> Chunk:

@@ -18,7 +18,7 @@ import pytest
 
 from backend.generation.blocks import BlockPool
 from backend.generation.plan import LAST_TOKEN, Plan, pack
-from backend.generation.scheduler import Chunk, Scheduler
+from backend.generation.scheduler import Chunk, Scheduler, prompt_tokens
 from backend.generation.sequence import SamplingParams, Sequence
 
 Counts = tuple[tuple[tuple[int, int], ...], ...]
@@ -137,7 +137,10 @@ class Game:
         self.room = rng.choice([12, 24, 36])  # tokens of the longest sequence, but its last
         num_blocks = -(-self.room * rng.choice([1, 1.5, 2, 3, 20]) // size)
         self.pool = rng.choice([BlockPool, EagerPool])(int(num_blocks), size, prefix_cache=rng.random() < 0.9)
-        self.scheduler = Scheduler(self.pool, rng.randint(1, 12), rng.choice([1, 4, 6, 8, 12, 64]))
+        self.scheduler = Scheduler(
+            self.pool, rng.randint(1, 12), rng.choice([1, 4, 6, 8, 12, 64]), rng.choice([0, 0, 0.5, 1, 2])
+        )
+        self.varied = rng.random() < 0.5
         self.ranks = Ranks(size)
         self.depth = rng.choice([0, 0, 1, 1, 1, 2, 3])
         self.sent: deque[tuple[list[Chunk], Plan]] = deque()
@@ -180,6 +183,8 @@ class Game:
 
     def _disturb(self) -> None:
         rng, self.now = self.rng, self.now + 1
+        if self.varied:
+            self.scheduler.prefill_budget = rng.randint(1, self.scheduler.step_tokens)
         for _ in range(min(rng.choice([0, 0, 0, 1, 2, 20]), len(self.coming))):
             self.scheduler.add(self.coming.pop())
         if rng.random() < 0.02:
@@ -191,6 +196,7 @@ class Game:
 
     def _send(self, chunks: list[Chunk]) -> None:
         assert sum(chunk.length for chunk in chunks) <= self.scheduler.step_tokens
+        assert prompt_tokens(chunks) <= self.scheduler.prefill_budget
         assert all(chunk.seq.slot >= 0 for chunk in chunks)
         assert len({chunk.seq.slot for chunk in chunks}) == len(chunks) == len({chunk.seq for chunk in chunks})
         self.sent.append((chunks, pack(chunks, self.pool.block_size)))

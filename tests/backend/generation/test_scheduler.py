@@ -267,3 +267,17 @@ def test_many_aborts_leave_nothing_behind() -> None:
         s.abort(seq)
     assert len(s._waiting._entries) < 100
     assert len(s._deadlines._entries) < 100
+
+
+def test_prompts_keep_to_their_part_of_a_step_and_other_tokens_do_not_count() -> None:
+    s = scheduler()
+    decodes = added(s, *(sequence(1, 100, first=i) for i in range(3)))
+    step(s)
+    s.prefill_budget = 2
+    (long,) = added(s, sequence(5, 100, first=50))
+    assert [[(chunk.seq, chunk.length) for chunk in step(s)] for _ in range(3)] == [
+        [*((seq, 1) for seq in decodes), (long, length)] for length in (2, 2, 1)
+    ]
+    added(s, *(sequence(2, 100, first=60 + 3 * i) for i in range(2)))
+    assert [chunk.length for chunk in step(s)] == [1, 1, 1, 1, 2]
+    assert [chunk.length for chunk in step(s)] == [1, 1, 1, 1, 1, 2]

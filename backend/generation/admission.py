@@ -1,0 +1,106 @@
+"""Admission: what the sequences at work may still need, and how long the queue is. It knows no engine and no ranks."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
+
+from backend.generation.blocks import BlockPool
+from backend.generation.sequence import Sequence
+
+REMEMBERED = 64
+"""Sequences that ended last, about, of which the mean length is taken."""
+MEMORY = 5.0
+"""Seconds after which a rate measured before counts 1/e."""
+MEASURED = 0.25
+"""Seconds of a standing queue without which no rate is known."""
+
+
+class Headroom:
+    """Blocks to be left free at admission, so that those who run need not be preempted for one another."""
+
+    def __init__(self, share: float, pool: BlockPool) -> None:
+        self._share, self._pool = share, pool
+        self._ended, self._mean = 0, 0.0
+
+    def ended(self, seq: Sequence) -> None:
+        """`seq` is complete; its length tells about the others'."""
+        self._ended = min(self._ended + 1, REMEMBERED)
+        self._mean += (len(seq.tokens) - seq.prompt_length - self._mean) / self._ended
+
+    def blocks(self, needed: int) -> int:
+        """To be left free while the running ones need so many more."""
+        return math.ceil(self._share * needed)
+
+    def need(self, sequences: Iterable[Sequence]) -> int:
+        """Blocks that they are expected to take beyond those of the tokens they have."""
+        return sum([self._need(seq) for seq in sequences]) if self._share else 0
+
+    def _need(self, seq: Sequence) -> int:
+        length, size = len(seq.tokens), self._pool.block_size
+        done = length - seq.prompt_length
+        left = seq.params.max_tokens - done
+        if self._ended:  # who is past the mean goes on for a while
+            left = min(left, max(size, round(self._mean) - done))
+        return -(-(length + left) // size) - -(-length // size)
+
+
+class Forecast:
+    """How long the queue is: prompt tokens of requests that have no token yet, by the rate at which they begin.
+
+    Any thread adds and drops requests; `began` and `turn` are the engine's thread's.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._queued: dict[Hashable, int] = {}
+        self._tokens = 0
+        self._began, self._busy = 0.0, 0.0
+        self._looked, self._standing = now(), False
+
+    @property
+    def requests(self) -> int:
+        """Those without a token yet."""
+        return len(self._queued)
+
+    @property
+    def seconds(self) -> float:
+        """Until one that came now would begin; 0 while no queue has stood for long enough to measure it."""
+        if self._busy < MEASURED:
+            return 0.0
+        busy = self._busy + (self._now() - self._looked if self._standing else 0.0)
+        return self._tokens * busy / max(self._began, 1.0)
+
+    def add(self, request: Hashable, tokens: int) -> None:
+        with self._lock:
+            self._queued[request] = tokens
+            self._tokens += tokens
+
+    def drop(self, request: Hashable) -> None:
+        """It is over, whether it began or not."""
+        with self._lock:
+            self._tokens -= self._queued.pop(request, 0)
+
+    def began(self, request: Hashable, tokens: int) -> None:
+        """A sequence of the request, with a prompt of so many tokens, has its first."""
+        if self._standing:
+            self._began += tokens
+        with self._lock:
+            if left := self._queued.get(request, 0):
+                self._tokens -= min(tokens, left)
+                if left > tokens:
+                    self._queued[request] = left - tokens
+                else:
+                    del self._queued[request]
+
+    def turn(self, waiting: int) -> None:
+        """After each step: whether somebody had to wait. Only then does the rate tell what the model can do."""
+        now = self._now()
+        if self._standing:
+            fade = math.exp((self._looked - now) / MEMORY)
+            self._busy = self._busy * fade + now - self._looked
+            self._began *= fade
+        self._looked, self._standing = now, waiting > 0

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from backend.generation.admission import Forecast, Headroom
+from backend.generation.blocks import BlockPool
+from backend.generation.scheduler import Scheduler
+from backend.generation.sequence import SamplingParams, Sequence
+
+
+def sequence(length: int, most: int, done: int = 0, stop: int = -1) -> Sequence:
+    seq = Sequence(array("i", range(length)), SamplingParams(max_tokens=most, stop_token_ids=frozenset({stop})))
+    seq.tokens.extend([1] * done)
+    return seq
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 50.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def served(forecast: Forecast, clock: Clock, steps: int = 40, tokens: int = 100) -> None:
+    """`tokens` begin every 0.1 s while others wait."""
+    for step in range(steps):
+        forecast.add(step, tokens)
+        forecast.turn(waiting=3)
+        clock.time += 0.1
+        forecast.began(step, tokens)
+        forecast.turn(waiting=3)
+
+
+def test_need_is_what_may_come_until_lengths_are_known() -> None:
+    headroom = Headroom(0.5, BlockPool(100, 4))
+    seq = sequence(6, 100)
+    assert headroom.need([seq]) == 27 - 2
+    headroom.ended(sequence(5, 100, done=10))
+    assert headroom.need([seq]) == 4 - 2
+    assert headroom.need([sequence(6, 5)]) == 3 - 2
+    assert headroom.need([sequence(6, 100, done=50)]) == 1  # past the mean: a block more
+    assert headroom.blocks(5) == 3
+
+
+def test_none_is_preempted_where_all_that_may_come_is_left_free() -> None:
+    def preempted(share: float) -> int:
+        scheduler = Scheduler(BlockPool(40, 4, prefix_cache=False), 16, 64, share)
+        for _ in range(16):
+            scheduler.add(sequence(8, 24))
+        while not scheduler.idle:
+            chunks = scheduler.schedule()
+            scheduler.commit(chunks, [1] * sum(chunk.samples for chunk in chunks))
+            scheduler.check()
+        return scheduler.preemptions
+
+    assert preempted(1.0) == 0
+    assert preempted(0.0) > 0
+
+
+def test_the_wait_is_queued_tokens_by_the_rate_they_begin_at() -> None:
+    forecast = Forecast(clock := Clock())
+    served(forecast, clock)
+    assert forecast.seconds == 0
+    forecast.add("a", 1500)
+    forecast.add("b", 500)
+    assert forecast.requests == 2
+    assert forecast.seconds == pytest.approx(2.0, rel=0.1)
+    forecast.began("a", 1000)
+    assert forecast.requests == 2
+    forecast.began("a", 500)
+    forecast.drop("a")
+    forecast.drop("b")
+    forecast.drop("b")
+    assert (forecast.requests, forecast.seconds) == (0, 0.0)
+
+
+def test_without_a_queue_that_stood_nothing_is_forecast() -> None:
+    forecast = Forecast(clock := Clock())
+    for step in range(100):
+        forecast.add(step, 1)
+        clock.time += 0.1
+        forecast.began(step, 1)
+        forecast.turn(waiting=0)
+    forecast.add("crowd", 10**6)
+    assert forecast.seconds == 0
+
+
+def test_a_queue_that_does_not_move_becomes_longer() -> None:
+    forecast = Forecast(clock := Clock())
+    served(forecast, clock)
+    forecast.add("a", 1000)
+    before = forecast.seconds
+    clock.time += 20
+    assert forecast.seconds > 2 * before
+
+
+def test_an_old_rate_is_forgotten() -> None:
+    forecast = Forecast(clock := Clock())
+    served(forecast, clock)
+    served(forecast, clock, steps=200, tokens=1000)
+    forecast.add("a", 10000)
+    assert forecast.seconds == pytest.approx(1.0, rel=0.1)
