@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from backend.json_file import values_of
+
 Config = Mapping[str, Any]
 
 KINDS = frozenset({"full_attention", "sliding_attention"})
@@ -26,6 +28,7 @@ _STRUCTURES: tuple[tuple[str, Callable[[Config], Any]], ...] = (
 """(what a model has, whether a configuration has it)"""
 
 
+@values_of("config.json")
 def refusal(config: Config) -> str | None:
     """Why a model cannot be served, in half a sentence; None where its configuration does not speak against it."""
     return next(_reasons(config), None)

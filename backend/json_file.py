@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,15 @@ def required(path: Path, kind: str) -> dict[str, Any]:
 def optional(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is no such file."""
     return _object(path, content(path)) if path.is_file() else {}
+
+
+@contextmanager
+def values_of(what: str) -> Iterator[None]:
+    """LoadError where values of a file are of no type that can be used there; also as a decorator."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise LoadError(f"{what} holds a value of the wrong kind: {error!s:.200}") from None
 
 
 def _object(path: Path, value: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from backend.errors import LoadError
 from backend.families import original, rope_limit, rope_type, ropes
-from backend.json_file import required
+from backend.json_file import required, values_of
 
 MODEL_ROOT = "TRITONSPEED_MODEL_ROOT"
 """Environment variable: the folder that every model must lie in."""
@@ -111,6 +111,7 @@ class Checkpoint:
         return str(self.config.get("model_type") or "")
 
     @property
+    @values_of("config.json")
     def architectures(self) -> list[str]:
         return list(self.config.get("architectures") or [])
 
@@ -143,10 +144,12 @@ class Checkpoint:
         return _DTYPES[max(stored, key=stored.__getitem__)]
 
     @property
+    @values_of("config.json")
     def vocab_size(self) -> int:
         return int(self.text_config.get("vocab_size", 0))
 
     @cached_property
+    @values_of("config.json")
     def max_model_len(self) -> int:
         """Tokens that the model was made for; 0 if config.json does not say.
 

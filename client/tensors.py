@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,10 @@ def decode(response: Response) -> dict[str, NDArray[Any]]:
     if len(response.raw_output_contents) != len(response.outputs):
         raise ServerError("the server's answer holds no raw tensors; is it a Triton server?")
     pairs = zip(response.outputs, response.raw_output_contents, strict=True)
-    return {output.name: _array(output, raw).reshape(tuple(output.shape)) for output, raw in pairs}
+    try:
+        return {output.name: _array(output, raw).reshape(tuple(output.shape)) for output, raw in pairs}
+    except (ValueError, struct.error) as error:
+        raise ServerError(f"the server's answer cannot be read: {error}") from None
 
 
 def text(value: str, name: str) -> bytes:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from backend.errors import LoadError
-from backend.json_file import content, optional
+from backend.json_file import content, optional, values_of
 from backend.model_folder import Checkpoint
 from backend.tasks.task import Array
 
@@ -58,6 +58,7 @@ class Pooling:
     default_prompt: str = ""
 
 
+@values_of("one of the model's files of sentence-transformers")
 def pooling_of(folder: Path, checkpoint: Checkpoint) -> Pooling:
     """LoadError for a module or a setting that is not honoured."""
     modules = [_module(each, folder) for each in _modules(folder)]
@@ -102,6 +103,7 @@ def _module(stated: Any, folder: Path) -> tuple[str, Path]:
     return name.rsplit(".", 1)[-1], folder / path
 
 
+@values_of("config.json")
 def hidden(checkpoint: Checkpoint) -> int:
     """Numbers in a token's vector."""
     config = checkpoint.text_config
