@@ -23,6 +23,7 @@ from measuring.workloads import Request, Workload
 
 COLUMNS = ("tok/s", "req/s", "met/s", "ttft p50", "ttft p99", "tpot", "itl p50", "itl p99")
 RATES = COLUMNS[:3]
+SHARES = ("within", "of floor")
 SHARED = "0.25"
 """Of the free memory for each one's cache, where contenders share a device."""
 MOST_TOGETHER = 256
@@ -97,7 +98,8 @@ class Comparison:
     def _round(self, workload: Workload, contender: Contender) -> dict[str, float]:
         requests = workload.requests(self._chance)
         traces = contender.run(requests, workload.clients)
-        found = figures(traces, [len(each.ids) for each in requests], [each.output for each in requests])
+        prompts, outputs = [len(each.ids) for each in requests], [each.output for each in requests]
+        found = figures(traces, prompts, outputs, self._options.slo)
         if floor := self._floor(workload):
             found["of floor"] = found["tok/s"] * floor / workload.output
         return found
@@ -140,8 +142,8 @@ class Comparison:
         options = self._options
         about = f"dtype {options.dtype}, tp {options.tensor_parallel}, medians of {options.rounds}"
         print(f"\n{model(options)}, {about}, {versions()}\n")
-        columns = [*COLUMNS, *(["of floor"] if self._limit else [])]
-        heads = [column if column in (*RATES, "of floor") else f"{column} ms" for column in columns]
+        columns = [*COLUMNS, *(["within"] if options.slo else []), *(["of floor"] if self._limit else [])]
+        heads = [column if column in (*RATES, *SHARES) else f"{column} ms" for column in columns]
         references = [name for name in self._names if name in REFERENCES or ":" in name]
         print("| " + " | ".join(["workload", "contender", *heads, *(f"of {name}" for name in references)]) + " |")
         print("|---" * (2 + len(heads) + len(references)) + "|")
@@ -155,7 +157,7 @@ class Comparison:
     def _cell(self, workload: str, name: str, column: str) -> str:
         if column not in self._rounds[workload, name][0]:
             return ""
-        return f"{self._median(workload, name, column):.{2 if column == 'of floor' else 1}f}"
+        return f"{self._median(workload, name, column):.{2 if column in SHARES else 1}f}"
 
     def _median(self, workload: str, name: str, column: str) -> float:
         return statistics.median(result[column] for result in self._rounds[workload, name])

@@ -6,11 +6,25 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 PROMPT_RATE = 512.0
 """W2: tokens of the prompt for which a caller waits one second."""
 READING_RATE = 4.0
 """W2: tokens a second after the first."""
+
+
+class Targets(NamedTuple):
+    """What callers were promised, seconds."""
+
+    first: float
+    per_token: float
+
+    @classmethod
+    def of(cls, text: str) -> Targets:
+        """From milliseconds, as "500/30"."""
+        first, per_token = (float(part) / 1e3 for part in text.split("/"))
+        return cls(first, per_token)
 
 
 @dataclass
@@ -49,6 +63,10 @@ class Trace:
         """Whether it came as fast as W2 asks: a prompt's length / 512 s to the first token, then 4 tok/s."""
         return self.first <= prompt / PROMPT_RATE and self.per_token <= 1 / READING_RATE
 
+    def within(self, targets: Targets) -> bool:
+        """Whether both its time to first token and its mean time for each later one keep to the targets."""
+        return self.first <= targets.first and self.per_token <= targets.per_token
+
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which about this share lies; 0 of nothing."""
@@ -56,7 +74,9 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[int(share * (len(ordered) - 1))] if ordered else 0.0
 
 
-def figures(traces: Sequence[Trace], prompts: Sequence[int], outputs: Sequence[int]) -> dict[str, float]:
+def figures(
+    traces: Sequence[Trace], prompts: Sequence[int], outputs: Sequence[int], targets: Targets | None = None
+) -> dict[str, float]:
     """Rates over the whole round, latencies in ms. ValueError where a request has not all its tokens."""
     for trace, output in zip(traces, outputs, strict=True):
         if trace.tokens != output:
@@ -64,7 +84,8 @@ def figures(traces: Sequence[Trace], prompts: Sequence[int], outputs: Sequence[i
     end = max(trace.end for trace in traces)
     firsts, gaps = [trace.first for trace in traces], [gap for trace in traces for gap in trace.gaps]
     met = sum(trace.met(prompt) for trace, prompt in zip(traces, prompts, strict=True))
-    return {
+    within = {"within": sum(trace.within(targets) for trace in traces) / len(traces)} if targets else {}
+    return within | {
         "tok/s": sum(outputs) / end,
         "req/s": len(traces) / end,
         "met/s": met / end,

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from measuring import comparison, witness
 from measuring.contenders import Engine
-from measuring.figures import Trace, figures, percentile
+from measuring.figures import Targets, Trace, figures, percentile
 from measuring.remote import Remote
 from measuring.stream_client import play
 from measuring.workloads import NAMED, Lengths, Request, Sizes, Workload, named, streams
@@ -202,7 +202,7 @@ def test_a_comparison_prints_medians_and_ratios(in_turn, monkeypatch, tmp_path, 
 
     options = argparse.Namespace(
         contenders="engine,continuous,vllm", in_turn=in_turn, rounds=2, json=tmp_path / "out.jsonl", witness=False,
-        model="somewhere/smol", shape=None, dtype="auto", tensor_parallel=1, set=[],
+        model="somewhere/smol", shape=None, dtype="auto", tensor_parallel=1, set=[], slo=None,
     )  # fmt: skip
     comparison.Comparison(options, streams([2], prompt=400, output=20)).run()
     said = capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_a_comparison_knows_the_share_of_the_floor(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(comparison, "made", lambda name, options, alone: Contender(142))
     options = argparse.Namespace(
         contenders="engine", in_turn=False, rounds=1, json=None, witness=False, model=str(tmp_path), shape=None,
-        dtype="auto", tensor_parallel=1, set=[],
+        dtype="auto", tensor_parallel=1, set=[], slo=None,
     )  # fmt: skip
     comparison.Comparison(options, streams([1], prompt=64, output=2000)).run()
     said = capsys.readouterr().out
@@ -244,3 +244,25 @@ def test_what_perf_analyzer_is_given_and_says():
     text = "Concurrency,Inferences/Second,Response Throughput,p50 latency,p99 latency\n4,10,50,2000,3000\n"
     found = witness.figures(text, workload)
     assert found == {"tok/s": 50, "req/s": 10, "responses/s": 50, "p50": 2, "p99": 3}
+
+
+def test_goodput_is_the_share_within_both_targets():
+    def trace(first, later):
+        return Trace(0.0, [(first, 1), (first + 10 * later, 10)])
+
+    targets = Targets.of("500/30")
+    assert targets == (0.5, 0.03)
+    traces = [trace(0.4, 0.02), trace(0.6, 0.02), trace(0.4, 0.04), trace(0.1, 0.01)]
+    assert figures(traces, [5] * 4, [11] * 4, targets)["within"] == 0.5
+    assert "within" not in figures(traces, [5] * 4, [11] * 4)
+
+
+def test_a_comparison_shows_goodput_where_targets_are_given(monkeypatch, capsys):
+    monkeypatch.setattr(comparison, "made", lambda name, options, alone: Contender(40))
+    options = argparse.Namespace(
+        contenders="engine", in_turn=False, rounds=1, json=None, witness=False, model="m", shape=None, dtype="auto",
+        tensor_parallel=1, set=["device=cpu"], slo=Targets.of("100/30"),
+    )  # fmt: skip
+    comparison.Comparison(options, streams([2, 3], prompt=40, output=20)).run()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[0].endswith("| itl p99 ms | within |") and [row[-9:] for row in rows[2:]] == [" | 1.00 |"] * 2
