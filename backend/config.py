@@ -75,6 +75,8 @@ class EngineConfig:
     load_timeout: float = 1800.0
     max_restarts: int = 5
     """Failed starts in a row before the model stays down."""
+    journal: bool = True
+    """Whether each request is a line of the log once it is over: its id, tokens and times, never what was asked."""
     restart_backoff: float = 0.5
     """Seconds before the first restart; doubles with each failed one, up to 30."""
 

@@ -73,6 +73,8 @@ class Asked:
     def __init__(self, request: Any) -> None:
         self._request: Any = request
         self._sender = request.get_response_sender()
+        self.request_id: str = request.request_id()
+        """The caller's own name for it, or once `parameters` are read its header x-request-id."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Its inputs, as `rows`; once, inside execute()."""
@@ -81,7 +83,9 @@ class Asked:
 
     def parameters(self) -> dict[str, Any]:
         """As `parameters`; before `rows`."""
-        return parameters(self._request)
+        found = parameters(self._request)
+        self.request_id = self.request_id or _header(found, "x-request-id")
+        return found
 
     def cancelled(self) -> bool:
         """Whether the caller has gone; costs about 100 µs."""
@@ -102,6 +106,11 @@ class Asked:
     def fail(self, error: Exception) -> None:
         """An error, the last that is sent."""
         self._sender.send(pb_utils.InferenceResponse(error=failure(served(error))), flags=FINAL)
+
+
+def _header(parameters: Mapping[str, Any], name: str) -> str:
+    """Triton keeps the letters as the caller wrote them."""
+    return next((str(value) for key, value in parameters.items() if key.lower() == name), "")
 
 
 def _response(outputs: Outputs) -> Any:

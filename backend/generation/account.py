@@ -41,17 +41,20 @@ class Account:
                 break
             if (completion := completions.get(chunk.seq.arrival)) and not completion.begun:
                 completion.begun = time.monotonic()
+                completion.stream.begun = completion.stream.begun or completion.begun
                 self.tally.queue.append(completion.begun - completion.stream.arrived)
 
     def first(self, completion: Completion) -> None:
         """Its first token is there."""
         completion.first = time.monotonic()
+        completion.stream.first = completion.stream.first or completion.first
         self.tally.prompt_tokens += completion.seq.prompt_length
         self.tally.first_token.append(completion.first - completion.stream.arrived)
 
     def last(self, completion: Completion) -> None:
         """It has its last token."""
         seq, now = completion.seq, time.monotonic()
+        completion.stream.last = now
         self.tally.ended(seq.finish_reason, now - completion.stream.arrived)
         if (later := len(seq.tokens) - seq.prompt_length - 1) > 0:
             self.tally.token.append((now - completion.first) / later)

@@ -18,13 +18,17 @@ from numpy.typing import NDArray
 
 from backend.errors import Cancelled
 from backend.generation.request import Request
-from backend.generation.stream import Stream
+from backend.generation.stream import Delta, Stream
+from backend.journal import Entry
 
 log = logging.getLogger("tritonspeed")
 
 
 class Asked(Protocol):
     """A caller: what was asked, and the way back."""
+
+    @property
+    def request_id(self) -> str: ...
 
     def rows(self) -> list[dict[str, Any]]: ...
     def parameters(self) -> dict[str, Any]: ...
@@ -41,8 +45,11 @@ class Delivery:
     stream: Stream
     """Set before the first turn."""
 
-    def __init__(self, request: Request, asked: Asked, outbox: Callable[[Delivery], None]) -> None:
+    def __init__(
+        self, request: Request, asked: Asked, outbox: Callable[[Delivery], None], entry: Entry | None = None
+    ) -> None:
         self._request, self._asked, self._outbox = request, asked, outbox
+        self._entry = entry
         self._turn = threading.Lock()
         self._turn.acquire()
         self._asking = False  # Triton must not be asked about a request that is over: so only with the turn
@@ -72,7 +79,9 @@ class Delivery:
         except Exception as error:
             self._fail(error)
             return True
-        if not over:
+        if over:
+            self._close()
+        else:
             self.release()
         return over
 
@@ -87,7 +96,7 @@ class Delivery:
             self._asking = False
             if self._asked.cancelled():
                 raise Cancelled("the caller went away")
-        deltas = self.stream.take()
+        deltas = self._taken()
         outputs, over = self._request.answer(deltas) if deltas else None, self.stream.done
         if over:
             self._asked.answer(outputs) if outputs else self._asked.end()
@@ -96,11 +105,25 @@ class Delivery:
             self._due = time.monotonic() + interval
         return over
 
+    def _taken(self) -> list[Delta]:
+        deltas = self.stream.take()
+        if entry := self._entry:
+            entry.add("tokens_out", sum(len(delta.token_ids) for delta in deltas))
+            entry.reasons.update(delta.finish_reason for delta in deltas if delta.finish_reason)
+        return deltas
+
     def _fail(self, error: Exception) -> None:
         try:
             self._asked.fail(error)
         except Exception as second:  # the way back is broken
             log.error("a request could not be answered: %s", error, exc_info=second)
+        self._close(error)
+
+    def _close(self, error: Exception | None = None) -> None:
+        """The request's line in the journal, if there is one."""
+        if self._entry:
+            self._entry.first = self.stream.first
+            self._entry.close(error)
 
     def _overdue(self) -> bool:
         return self.stream.waiting and (self._ended or time.monotonic() >= self._due)

@@ -15,7 +15,7 @@ from backend.errors import InvalidInput, LoadError
 from backend.generation.parameter import INT32, NAMED, check, shown
 from backend.generation.sequence import SamplingParams
 from backend.generation.tokenizer import Tokenizer
-from backend.json_file import optional
+from backend.json_file import optional, values_of
 
 MAX_STOP_CHARACTERS = 1024
 MAX_STOP_IDS = 256
@@ -25,6 +25,8 @@ MAX_JSON_BYTES = 1 << 20
 LATER = frozenset({"structured_outputs", "guided_decoding_guide_type", "guided_decoding_guide"})
 _TRANSPORT = frozenset({"sequence_id", "sequence_start", "sequence_end", "binary_data_output"})
 """Request parameters that Triton's own protocol sets, beside those that begin with triton_."""
+_HEADERS = frozenset({"traceparent", "tracestate", "x-request-id"})
+"""Request parameters that Triton makes of a caller's headers, written as the caller wrote them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Defaults:
     eos_ids: frozenset[int] = frozenset()
 
     @classmethod
+    @values_of("generation_config.json or config.json")
     def from_folder(cls, folder: str | Path) -> Defaults:
         """LoadError names the file and the value that cannot be used."""
         folder = Path(folder)
@@ -134,7 +137,11 @@ def decode_text(data: bytes, name: str = "text_input", max_bytes: int | None = N
 
 
 def _of_triton(parameters: Mapping[str, object]) -> Mapping[str, object]:
-    return {k: v for k, v in parameters.items() if k not in _TRANSPORT and not k.startswith("triton_")}
+    return {k: v for k, v in parameters.items() if not _of_transport(k)}
+
+
+def _of_transport(name: str) -> bool:
+    return name in _TRANSPORT or name.startswith("triton_") or name.lower() in _HEADERS
 
 
 def _of_json(text: str | bytes | None) -> Mapping[str, object]:

@@ -18,6 +18,7 @@ from backend.errors import EngineDown
 from backend.generation.delivery import Asked, Delivery
 from backend.generation.engine import DECODER, Engine
 from backend.generation.request import Request
+from backend.journal import Entry, Journal
 from backend.ranks.group import Report
 from backend.tally import Tally
 
@@ -40,6 +41,7 @@ class Service:
 
     def __init__(self, config: EngineConfig, report: Report = print, worker: str = DECODER) -> None:
         self.engine = Engine(config, report, worker)
+        self._journal = Journal(report, config.journal)
         self._tokenising = ThreadPoolExecutor(TOKENISERS, "tokeniser")
         self._outbox: SimpleQueue[Delivery | None] = SimpleQueue()
         self._open: dict[Delivery, None] = {}
@@ -64,12 +66,14 @@ class Service:
     def serve(self, asked: Sequence[Asked]) -> None:
         """Answer each, later, with errors too."""
         for one in asked:
+            entry = self._journal.entry(one)
             try:
                 parameters, rows = one.parameters(), one.rows()
             except Exception as error:
                 one.fail(error)
+                entry.close(error)
             else:
-                self._tokenising.submit(self._begin, one, rows, parameters)
+                self._tokenising.submit(self._begin, one, entry, rows, parameters)
 
     def close(self) -> None:
         """End the engine; every request that is still open gets its error."""
@@ -87,14 +91,16 @@ class Service:
             if thread.ident:
                 thread.join()
 
-    def _begin(self, asked: Asked, rows: list[dict[str, Any]], parameters: dict[str, Any]) -> None:
+    def _begin(self, asked: Asked, entry: Entry, rows: list[dict[str, Any]], parameters: dict[str, Any]) -> None:
         """A tokeniser's thread: from values to a request that runs."""
         try:
             request = Request.parse(rows, parameters, self.engine)
-            delivery = Delivery(request, asked, self._outbox.put)
+            delivery = Delivery(request, asked, self._outbox.put, entry)
+            entry.add("tokens_in", sum(len(prompt.token_ids) for prompt in request.prompts))
             delivery.stream = self.engine.open(request.prompts, delivery.notify)
         except Exception as error:
             asked.fail(error)
+            entry.close(error)
         else:
             self._open[delivery] = None
             delivery.release()

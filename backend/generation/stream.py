@@ -61,6 +61,7 @@ class Stream:
     def __init__(self, sequences: int, notify: Callable[[bool], None]) -> None:
         """`notify` is told whether a sequence, or all, ended with the news."""
         self.arrived = time.monotonic()
+        self.begun = self.first = self.last = 0.0  # of its sequences' first step and first token, and of the last one
         self.sequences = sequences
         self._unfinished = sequences
         self._mail: deque[News | ServingError] = deque()

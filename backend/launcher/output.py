@@ -18,6 +18,8 @@ _HARMLESS = (
     "CudaDriverHelper has not been initialized",  # on a machine without a GPU
     "failed to load all models",  # each one's own line says why
 )
+_REQUEST = re.compile(re.escape(OWN) + r'[^|]+ \| \{"event": "request"')
+"""A journal's lines, which are for the log file alone."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -58,6 +60,8 @@ class Output:
                 self._line(_CONTROL.sub("?", line.rstrip("\n")))
 
     def _line(self, line: str) -> None:
+        if _REQUEST.match(line) and not self._verbose:
+            return
         self.tail.append(line)
         self.states.tell(line)
         told = telling(line)

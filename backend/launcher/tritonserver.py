@@ -21,6 +21,9 @@ SAFE_RELEASE = "26.07"
 SHARED_MEMORY_PREFIX = "tritonspeed_"
 """Files of ours in /dev/shm are this, the launcher's process id, an underscore and anything."""
 
+_FORWARDED = "(?i)^(traceparent|tracestate|x-request-id)$"
+"""Headers that become parameters of the request."""
+
 _PROTECTED = "shared-memory,model-repository,model-config,trace,logging"
 """The APIs that change the server or reach past a model; behind a key wherever others can connect."""
 
@@ -141,6 +144,7 @@ def command(executable: Path, repository: Path, backends: Path | None, ports: Po
         f"--exit-timeout-secs={options.drain_seconds}",
         f"--backend-config=python,shm-region-prefix-name={SHARED_MEMORY_PREFIX}{os.getpid()}_",
         *_addresses(ports),
+        *(f"--{way}-header-forward-pattern={_FORWARDED}" for way in ("grpc", "http")),
     ]
     if backends:
         line.append(f"--backend-directory={backends}")

@@ -11,15 +11,20 @@ from math import inf
 from typing import Any, Protocol
 
 from backend.errors import InvalidInput
+from backend.journal import Entry
 from backend.metrics import TASK
 from backend.tally import Tally, reason_of
 from backend.tasks.task import Array, Row, Task
+from backend.tasks.text import Piece
 
 _log = logging.getLogger(__name__)
 
 
 class Asked(Protocol):
     """One request; exactly one of `answer` and `fail` is used, once."""
+
+    @property
+    def request_id(self) -> str: ...
 
     def parameters(self) -> dict[str, Any]:
         """Its time limit in µs as `timeout`, among others; before `rows`."""
@@ -42,6 +47,8 @@ class Request:
     asked: Asked
     tally: Tally = field(default_factory=lambda: Tally(TASK))
     """Where it counts when it is over."""
+    entry: Entry = field(default_factory=Entry)
+    """Its line in the journal."""
     arrived: float = field(default_factory=time.monotonic)
     items: list[Any] = field(default_factory=list)
     pieces: list[Any] = field(default_factory=list)
@@ -107,8 +114,18 @@ class Request:
                 self.asked.fail(outcome)
             else:
                 self._answer(outcome)
-        except Exception:  # nobody is left to tell
+        except Exception as error:  # nobody is left to tell
             _log.exception("a response could not be sent")
+            self._close(error)
+        else:
+            self._close(outcome if isinstance(outcome, Exception) else None)
+
+    def _close(self, error: Exception | None) -> None:
+        """Its line in the journal."""
+        self.entry.add("pieces", len(self.pieces))
+        if tokens := sum(len(piece.ids) for piece in self.pieces if isinstance(piece, Piece)):
+            self.entry.add("tokens_in", tokens)
+        self.entry.close(error)
 
     def _count(self, outcome: dict[str, Array] | Exception) -> None:
         reason = reason_of(outcome) if isinstance(outcome, Exception) else "stop"

@@ -20,6 +20,7 @@ from backend.checkpoint import resolve, root
 from backend.config import EngineConfig
 from backend.devices import resolved
 from backend.errors import EngineDown, ServingError, serving
+from backend.journal import Journal
 from backend.metrics import TASK
 from backend.ranks.group import RankGroup, Report
 from backend.ranks.restarts import Restarts
@@ -55,6 +56,7 @@ class Service:
         self.config = replace(machine, model=str(folder), step_tokens=tokens)
         self.task: Task = find(name)(folder, self.config)
         self.tally = Tally(TASK)
+        self._journal = Journal(report, config.journal)
         self._packed = False  # whether the ranks compute texts without padding
         self._report = report
         self._group = RankGroup(self.config, self.task.worker, report, name)
@@ -87,7 +89,7 @@ class Service:
 
     def serve(self, asked: Sequence[Asked]) -> None:
         """Answer each request, sooner or later, exactly once."""
-        requests = [Request(each, self.tally) for each in asked]
+        requests = [Request(each, self.tally, self._journal.entry(each)) for each in asked]
         try:
             prepared = self._prepared(requests)
             self._watch.add(prepared)

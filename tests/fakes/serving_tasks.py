@@ -11,7 +11,7 @@ from backend.tasks.service import Service
 class Asked:
     """One request of some rows and what came of it."""
 
-    gone, given = False, {}
+    gone, given, request_id = False, {}, ""
 
     def __init__(self, rows):
         self._rows, self.outcome, self._done = rows, None, threading.Event()

@@ -136,6 +136,8 @@ def test_the_worker_says_so_and_answers_alike(tmp_path):
 class Ask:
     """A request of some texts."""
 
+    request_id = ""
+
     def __init__(self, texts):
         self._texts, self.outcome = texts, Future()
 

@@ -417,3 +417,13 @@ def test_any_bytes_are_text_or_invalid_input(data: bytes) -> None:
         assert decode_text(data).encode() == data
     except InvalidInput:
         assert not data or b"\0" in data or b"\xef\xbf\xbd" in data.decode(errors="replace").encode()
+
+
+# --- headers that the server forwards
+
+
+@pytest.mark.parametrize("name", ["traceparent", "tracestate", "X-Request-Id", "TraceParent"])
+def test_headers_are_no_parameters_of_generation(name: str) -> None:
+    assert options(_parameters={name: "anything"}).params.max_tokens == LIMITS.default_max_tokens
+    with pytest.raises(InvalidInput, match="unknown parameter"):
+        options(json.dumps({name: "anything"}))

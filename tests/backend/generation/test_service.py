@@ -23,6 +23,8 @@ WORKER = "counting_decoder:CountingDecoder"
 class Caller:
     """A request, and all that came back; a second end is an error."""
 
+    request_id = ""
+
     def __init__(self, *ids, **fields):
         self.fields = {"input_ids": list(ids), "max_tokens": 20, "temperature": 0.0, "ignore_eos": True,
                        "exclude_input_in_output": True, **fields}  # fmt: skip

@@ -24,6 +24,8 @@ FAKES = Path(__file__).parents[2] / "fakes"
 class Asked:
     """One request, and every answer that it got."""
 
+    request_id = ""
+
     def __init__(self, *rows, unsendable=False, timeout=0):
         self._rows, self._unsendable = rows, unsendable
         self.given, self.gone = {"timeout": timeout} if timeout else {}, False
@@ -78,7 +80,7 @@ def make(tmp_path):
     made = []
 
     def make(**settings):
-        settings = {"device": "cpu", "threads": 1, "restart_backoff": 0.01, **settings}
+        settings = {"device": "cpu", "threads": 1, "restart_backoff": 0.01, "journal": False, **settings}
         lines = []
         made.append(Service("toy", EngineConfig(model=str(tmp_path), **settings), lines.append))
         made[-1].lines = lines
