@@ -43,6 +43,15 @@ class EngineConfig:
     """Token budget of a step, or of a task's micro-batch; 0: on CUDA 2048 (tasks: 16384), on CPU 512."""
     max_waiting: int = 1024
     """Sequences that may wait; one more is refused (Overloaded)."""
+    max_queue_seconds: float = 0.0
+    """Wait for a first step, as forecast, past which a new request is refused (Overloaded); 0: max_waiting alone."""
+    kv_headroom: float = 0.0
+    """Share of the KV blocks the running sequences are expected to need that admission leaves free; 1: hardly any is
+    preempted, and fewer run together."""
+    target_itl_ms: float = 0.0
+    """Time of a step, and so between a stream's tokens, to which prompts are cut; 0: each step takes what it can."""
+    target_ttft_ms: float = 0.0
+    """Forecast wait above which steps may take half as long again as target_itl_ms; 0: never."""
     prefix_cache: bool = True
     """Whether requests find each other's KV blocks of a common prefix."""
     run_ahead: int = 1

@@ -74,6 +74,14 @@ class Forecast:
         busy = self._busy + (self._now() - self._looked if self._standing else 0.0)
         return self._tokens * busy / max(self._began, 1.0)
 
+    def __str__(self) -> str:
+        waiting = f"{self.requests} requests wait for their first token"
+        return f"{waiting}, one more would for about {seconds:.1f} s" if (seconds := self.seconds) else waiting
+
+    def passes(self, limit: float) -> bool:
+        """Whether one that came now would wait longer than so many seconds; 0: no limit."""
+        return 0 < limit < self.seconds
+
     def add(self, request: Hashable, tokens: int) -> None:
         with self._lock:
             self._queued[request] = tokens

@@ -22,13 +22,15 @@ from backend.config import EngineConfig
 from backend.devices import resolved
 from backend.errors import DeadlineExceeded, EngineDown, Overloaded, ServingError, serving
 from backend.generation.account import Account
+from backend.generation.admission import Forecast
 from backend.generation.blocks import BlockPool
+from backend.generation.budget import Budget
 from backend.generation.capacity import share
 from backend.generation.completion import Completion
 from backend.generation.params import Defaults
 from backend.generation.plan import Sampled, pack
 from backend.generation.prompt import Prompt
-from backend.generation.scheduler import Chunk, Scheduler
+from backend.generation.scheduler import Chunk, Scheduler, prompt_tokens
 from backend.generation.stream import Delta, News, Stream
 from backend.generation.text import Text
 from backend.generation.tokenizer import Tokenizer
@@ -60,6 +62,7 @@ class Engine:
         self._down = "is loading"
         self._admission = threading.Lock()
         self._admitted = 0
+        self._forecast = Forecast()
         self._group = RankGroup(self.config, worker, report)
         self._restarts = Restarts(self.config, self._closing, report)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -121,24 +124,31 @@ class Engine:
             prompt.check(self.max_model_len, self.vocab)
         stream = Stream(sum(prompt.n for prompt in prompts), notify)
         self._admit(stream.sequences)
+        self._forecast.add(stream, sum(len(prompt.token_ids) * prompt.n for prompt in prompts))
         self._inbox.put(partial(self._add, prompts, stream))
         return stream
 
     def _admit(self, sequences: int) -> None:
         """Count sequences in (or, if negative, out); Overloaded if there would be too many."""
-        limit = self.config.max_sequences + self.config.max_waiting
         with self._admission:
-            if sequences > 0 and self._admitted + sequences > limit:
+            if sequences > 0 and (reason := self._refusal(sequences)):
                 self.tally.refused += 1
-                raise Overloaded(
-                    f"{self._admitted} sequences are running or waiting, the limit is {limit} "
-                    "(max_sequences + max_waiting); try again later"
-                )
+                raise Overloaded(f"{reason}; {self._forecast}; try again later")
             self._admitted += sequences
+
+    def _refusal(self, sequences: int) -> str:
+        """Why so many more may not come; empty: they may."""
+        limit, longest = self.config.max_sequences + self.config.max_waiting, self.config.max_queue_seconds
+        if self._admitted + sequences > limit:
+            return (
+                f"{self._admitted} sequences are running or waiting, the limit is {limit} (max_sequences + max_waiting)"
+            )
+        return f"the queue is longer than {longest:g} s (max_queue_seconds)" if self._forecast.passes(longest) else ""
 
     def leave(self, stream: Stream) -> None:
         """The caller has all, or has gone: what is left of its request ends before the next step."""
         self._admit(-stream.sequences)
+        self._forecast.drop(stream)
         if not stream.done:
             self._inbox.put(partial(self._abort, stream))
 
@@ -189,14 +199,25 @@ class Engine:
         while not self._closing.is_set():
             self._drain(wait=not self._sent and self._scheduler.idle)
             self._expire()
+            self._pace()
             if chunks := self._scheduler.schedule():
                 self._group.send("step", plan := pack(chunks, self.config.block_size))
                 self._sent.append(chunks)
+                if self.config.target_itl_ms:
+                    self._budget.sent(prompt_tokens(chunks))
                 self._account.sent(chunks, len(plan.input_ids), self._open)
             if len(self._sent) > (depth if chunks else 0):
                 sampled = self._receive()
+                self._budget.received()
                 self._commit(self._sent.popleft(), sampled)
             self._account.turn(self._scheduler)
+            self._forecast.turn(self._scheduler.num_waiting)
+
+    def _pace(self) -> None:
+        """How much of the next step prompts may take."""
+        if self.config.target_itl_ms:
+            late = 0 < self.config.target_ttft_ms < 1e3 * self._forecast.seconds
+            self._scheduler.prefill_budget = self._budget.tokens(late)
 
     def _receive(self) -> Sampled:
         """The oldest step's tokens; deadlines hold meanwhile, and `close` need not wait for a rank that hangs."""
@@ -257,6 +278,7 @@ class Engine:
             seq.finish_reason = "stop"  # also where this was the last token allowed
         if not completion.first:
             self._account.first(completion)
+            self._forecast.began(completion.stream, seq.prompt_length)
         if seq.finish_reason:
             self._account.last(completion)
             del self._open[seq.arrival]
@@ -295,8 +317,12 @@ class Engine:
             self._group.close()
             raise
         self._scheduler = Scheduler(
-            BlockPool(blocks, self.config.block_size), self.config.max_sequences, self.config.step_tokens
+            BlockPool(blocks, self.config.block_size),
+            self.config.max_sequences,
+            self.config.step_tokens,
+            self.config.kv_headroom,
         )
+        self._budget = Budget(self.config.target_itl_ms / 1e3, self.config.block_size, self.config.step_tokens)
         self._account.opened()
         self.tally.proof_difference = max((proof for proof in proofs if proof), default=0.0)
         self.tally.up(len(capacities), time.monotonic() - start)

@@ -68,6 +68,8 @@ def test_the_wait_is_queued_tokens_by_the_rate_they_begin_at() -> None:
     forecast.add("b", 500)
     assert forecast.requests == 2
     assert forecast.seconds == pytest.approx(2.0, rel=0.1)
+    assert str(forecast) == f"2 requests wait for their first token, one more would for about {forecast.seconds:.1f} s"
+    assert [forecast.passes(limit) for limit in (0.0, 1.5, 2.5)] == [False, True, False]
     forecast.began("a", 1000)
     assert forecast.requests == 2
     forecast.began("a", 500)
@@ -86,6 +88,8 @@ def test_without_a_queue_that_stood_nothing_is_forecast() -> None:
         forecast.turn(waiting=0)
     forecast.add("crowd", 10**6)
     assert forecast.seconds == 0
+    assert str(forecast) == "1 requests wait for their first token"
+    assert not forecast.passes(0.1)
 
 
 def test_a_queue_that_does_not_move_becomes_longer() -> None:

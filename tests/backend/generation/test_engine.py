@@ -1,6 +1,7 @@
 """The engine against a decoder without a model, in real rank processes: tokens, order, limits, deaths and restarts."""
 
 import random
+import re
 import sys
 import threading
 import time
@@ -356,3 +357,32 @@ def await_health(engine, seconds=20):
     while not engine.healthy and time.monotonic() < deadline:
         time.sleep(0.02)
     assert engine.healthy
+
+
+def test_a_queue_longer_than_allowed_refuses_with_its_length(make):
+    engine = make(max_sequences=1, max_queue_seconds=0.2)
+    slow = replace(PARAMS, max_tokens=12, stop_token_ids=frozenset())
+    threads = [threading.Thread(target=complete, args=(engine, prompt(SLOW, params=slow))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    deadline, refusal = time.monotonic() + 20, None
+    while refusal is None and time.monotonic() < deadline and any(thread.is_alive() for thread in threads):
+        try:
+            engine.leave(engine.open([prompt(5, priority=1)], lambda ended: None))
+            time.sleep(0.05)
+        except Overloaded as error:
+            refusal = str(error)
+    for thread in threads:
+        thread.join()
+    pattern = r"longer than 0.2 s \(max_queue_seconds\); \d+ requests wait .* for about \d+\.\d s; try again later"
+    assert refusal and re.search(pattern, refusal), refusal
+    assert complete(engine, prompt(5)) == [expected([5])]
+    assert (engine._forecast.requests, engine._forecast.seconds) == (0, 0.0)
+
+
+@pytest.mark.parametrize("target", [0.001, 1000.0])
+def test_with_targets_the_tokens_are_the_same(make, target):
+    engine = make(target_itl_ms=target, target_ttft_ms=1.0, kv_headroom=0.5, step_tokens=64, block_size=4)
+    assert complete(engine, *(prompt(*range(3, 3 + n)) for n in (1, 5, 40, 90))) == [
+        expected(list(range(3, 3 + n))) for n in (1, 5, 40, 90)
+    ]
