@@ -104,11 +104,15 @@ class Forecast:
                 else:
                     del self._queued[request]
 
+    def restart(self) -> None:
+        """What was measured holds no more; the queue stays."""
+        self._began, self._busy, self._looked, self._standing = 0.0, 0.0, self._now(), False
+
     def turn(self, waiting: int) -> None:
         """After each step: whether somebody had to wait. Only then does the rate tell what the model can do."""
         now = self._now()
         if self._standing:
             fade = math.exp((self._looked - now) / MEMORY)
-            self._busy = self._busy * fade + now - self._looked
+            self._busy = self._busy * fade + MEMORY * (1 - fade)
             self._began *= fade
         self._looked, self._standing = now, waiting > 0

@@ -323,6 +323,7 @@ class Engine:
             self.config.kv_headroom,
         )
         self._budget = Budget(self.config.target_itl_ms / 1e3, self.config.block_size, self.config.step_tokens)
+        self._forecast.restart()
         self._account.opened()
         self.tally.proof_difference = max((proof for proof in proofs if proof), default=0.0)
         self.tally.up(len(capacities), time.monotonic() - start)

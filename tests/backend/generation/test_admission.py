@@ -101,6 +101,17 @@ def test_a_queue_that_does_not_move_becomes_longer() -> None:
     assert forecast.seconds > 2 * before
 
 
+def test_a_restart_is_no_slow_queue() -> None:
+    forecast = Forecast(clock := Clock())
+    served(forecast, clock)
+    forecast.add("a", 1000)
+    clock.time += 60
+    forecast.restart()
+    assert (forecast.requests, forecast.seconds) == (1, 0.0)
+    served(forecast, clock)
+    assert forecast.seconds == pytest.approx(1.0, rel=0.1)
+
+
 def test_an_old_rate_is_forgotten() -> None:
     forecast = Forecast(clock := Clock())
     served(forecast, clock)
