@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -63,7 +63,7 @@ class Engine:
         self._admission = threading.Lock()
         self._admitted = 0
         self._forecast = Forecast()
-        self._group = RankGroup(self.config, worker, report)
+        self._group = RankGroup(self.config, worker, report, meanwhile=self._meanwhile)
         self._restarts = Restarts(self.config, self._closing, report)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._started: Future[None] = Future()
@@ -316,15 +316,7 @@ class Engine:
         except BaseException:
             self._group.close()
             raise
-        self._scheduler = Scheduler(
-            BlockPool(blocks, self.config.block_size),
-            self.config.max_sequences,
-            self.config.step_tokens,
-            self.config.kv_headroom,
-        )
-        self._budget = Budget(self.config.target_itl_ms / 1e3, self.config.block_size, self.config.step_tokens)
-        self._forecast.restart()
-        self._account.opened()
+        self._renew(blocks)
         self.tally.proof_difference = max((proof for proof in proofs if proof), default=0.0)
         self.tally.up(len(capacities), time.monotonic() - start)
         self._down = ""
@@ -334,15 +326,41 @@ class Engine:
             f"sequences up to {self.max_model_len} tokens"
         )
 
+    def _renew(self, blocks: int) -> None:
+        """An empty cache and nothing under way; whatever is open waits, in its order."""
+        self._sent.clear()
+        self._scheduler = Scheduler(
+            BlockPool(blocks, self.config.block_size),
+            self.config.max_sequences,
+            self.config.step_tokens,
+            self.config.kv_headroom,
+        )
+        self._budget = Budget(self.config.target_itl_ms / 1e3, self.config.block_size, self.config.step_tokens)
+        self._forecast.restart()
+        self._account.opened()
+        for completion in [*self._open.values()]:
+            if completion.seq.arrival in self._open:  # else another sequence of its request has just found no room
+                self._requeue(completion)
+
+    def _requeue(self, completion: Completion) -> None:
+        seq = completion.seq
+        seq.reset()
+        try:
+            if seq.prompt_length + seq.params.max_tokens > self.max_model_len:
+                raise EngineDown(f"after a restart there is room for {self.max_model_len} tokens only")
+            self._scheduler.add(seq)
+        except ServingError as error:
+            self._end(completion.stream, error)
+
     def _recover(self, error: Exception) -> None:
-        """After the ranks failed: tell everybody, start them again, slower each time; give up after max_restarts."""
+        """After the ranks failed: end what had begun, start them again, slower each time; or give up at last."""
         reason = str(serving(error))
         self._report(f"down: {reason}")
         self._down = f"is restarting ({reason})"
         self.tally.down()
         self._group.close()
-        self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"))
-        if self._restarts.again(self._load) or self._closing.is_set():
+        self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"), but=self._untouched)
+        if self._restarts.again(self._load, self._meanwhile) or self._closing.is_set():
             return
         self._down = f"has failed for good ({reason})"
         self._report(self._down)
@@ -350,13 +368,27 @@ class Engine:
             self._fail_all(EngineDown(f"the model {self._down}"))
             self._closing.wait(IDLE_CHECK)
 
-    def _fail_all(self, error: ServingError) -> None:
-        """End every request, those that are still in the inbox included."""
+    def _meanwhile(self) -> None:
+        """While ranks are started again: callers may leave, and deadlines hold."""
+        if self._down and self._started.done():
+            self._drain(wait=False)
+            self._expire()
+            self.tally.waiting = self._scheduler.num_waiting
+
+    def _untouched(self) -> set[Stream]:
+        """Requests none of whose sequences has had a step."""
+        waiting = Counter(c.stream for c in self._open.values() if not c.begun and c.seq.slot < 0)
+        return {stream for stream, count in waiting.items() if count == stream.sequences}
+
+    def _fail_all(self, error: ServingError, but: Callable[[], set[Stream]] = set) -> None:
+        """End every request, those that are still in the inbox included, `but` some, which wait from now on."""
         self._drain(wait=False)
-        self._sent.clear()
-        streams = {id(c.stream): c.stream for c in self._open.values()}
-        for _ in self._open:
+        kept = but()
+        failed = [c for c in self._open.values() if c.stream not in kept]
+        for completion in failed:
+            del self._open[completion.seq.arrival]
             self.tally.ended(reason_of(error))
-        self._open.clear()
-        for stream in streams.values():
+        if failed:
+            self._renew(self._scheduler.pool.num_blocks)
+        for stream in dict.fromkeys(c.stream for c in failed):
             stream.fail(error)

@@ -68,6 +68,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
 
+    def reset(self) -> None:
+        """Forget the cache of ranks that are gone; for what has not run yet."""
+        self.blocks, self.computed, self.in_flight, self.slot = array("i"), 0, 0, -1
+        self.keys.clear()
+
     @property
     def pending(self) -> int:
         """Tokens that exist, or will when the steps in flight are done, and are not computed."""

@@ -32,6 +32,8 @@ Report = Callable[[str], None]
 
 GLANCE = 0.05
 """Seconds that are waited for a sign of life, which takes less than one thousandth of that."""
+SLICE = 0.5
+"""Seconds of waiting for an answer after which the owner may look after other things."""
 LAST_GLANCE = 1.0
 """The same before a rank counts as hung: the whole machine may have stood still."""
 
@@ -46,8 +48,17 @@ class _Member:
 class RankGroup:
     """Starts the ranks, asks them, and ends them. One thread uses it; the ranks die with that thread."""
 
-    def __init__(self, config: EngineConfig, worker: str, report: Report = print, task: str = "") -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        worker: str,
+        report: Report = print,
+        task: str = "",
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`meanwhile` is called on the owner's thread, now and then, while that waits for answers."""
         self._config = config
+        self._meanwhile = meanwhile
         self._task = task
         self._worker = worker
         self._report = report
@@ -99,11 +110,13 @@ class RankGroup:
         answers: dict[int, Any] = {}
         waiting = self._members
         while waiting:
-            ready = _ready(waiting, max(0.0, deadline - time.monotonic()))
-            if not ready:
+            left = deadline - time.monotonic()
+            ready = _ready(waiting, max(0.0, min(SLICE, left)))
+            if not ready and left <= SLICE:
                 raise EngineDown(f"rank {waiting[0].rank} has not answered for {timeout:g} s")
             for member in ready:
                 self._take(member, answers)
+            self._meanwhile()
             waiting = [member for member in waiting if member.rank not in answers]
         self._pulse.heard()
         return [answers[member.rank] for member in self._members]

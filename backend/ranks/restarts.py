@@ -11,6 +11,8 @@ from backend.errors import serving
 
 SETTLED = 60.0
 """Seconds of service after which a failure counts as the first: the pause before a restart doubles with each other."""
+SLICE = 0.5
+"""Seconds of a pause after which the owner may look after other things."""
 LONGEST = 30.0
 """Seconds of the longest pause."""
 
@@ -28,12 +30,15 @@ class Restarts:
         """It serves from now on."""
         self._since = time.monotonic()
 
-    def again(self, load: Callable[[], None]) -> bool:
-        """Pause and load until that works, slower each time; False after max_restarts, or once `closing` is set."""
+    def again(self, load: Callable[[], None], meanwhile: Callable[[], None] | None = None) -> bool:
+        """Pause and load until that works, slower each time; False after max_restarts, or once `closing` is set.
+
+        `meanwhile` is called now and then during the pauses.
+        """
         self.failures = 0 if time.monotonic() - self._since > SETTLED else self.failures
         for attempt in range(self._config.max_restarts):
             self.failures += 1
-            if self._closing.wait(self._pause()):
+            if self._closed_within(self._pause(), meanwhile):
                 return False
             try:
                 load()
@@ -41,6 +46,14 @@ class Restarts:
             except Exception as failure:
                 self._report(f"restart {attempt + 1} failed: {serving(failure)}")
         return False
+
+    def _closed_within(self, seconds: float, meanwhile: Callable[[], None] | None) -> bool:
+        while meanwhile and seconds > SLICE:
+            if self._closing.wait(SLICE):
+                return True
+            meanwhile()
+            seconds -= SLICE
+        return self._closing.wait(seconds)
 
     def _pause(self) -> float:
         doublings = min(self.failures - 1, 64)  # a larger power would not fit a float

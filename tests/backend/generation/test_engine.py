@@ -212,6 +212,85 @@ def test_a_killed_rank_fails_every_stream_and_the_engine_serves_again(make):
     assert not set(pids) & set(engine.pids) and not any(map(psutil.pid_exists, pids))
 
 
+class Kept:
+    """A rank is told to die while three requests wait: one gets no time, one will be left, one has several samples."""
+
+    def __init__(self, engine):
+        self.engine, self.tokens, self.bell = engine, {}, threading.Event()
+        self.bad = engine.open([prompt(*[SLOW] * 20, CRASH)], lambda ended: None)
+        self.late = engine.open([prompt(5, timeout=1.5)], lambda ended: None)
+        self.left = engine.open([prompt(6)], lambda ended: None)
+        self.good = engine.open([prompt(*range(10, 60), n=2), prompt(7)], lambda ended: self.bell.set())
+
+    def leave(self):
+        for stream in (self.bad, self.late, self.left, self.good):
+            self.engine.leave(stream)
+
+    def answers(self):
+        while not self.good.done:
+            assert self.bell.wait(20)
+            self.bell.clear()
+            for delta in self.good.take():
+                self.tokens.setdefault(delta.index, []).extend(delta.token_ids)
+        return [tokens for _, tokens in sorted(self.tokens.items())]
+
+
+def test_what_only_waited_for_a_killed_rank_is_served_by_the_next(make):
+    engine = make(max_sequences=1, restart_backoff=3.0)
+    kept = Kept(engine)
+    with pytest.raises(EngineDown, match="was killed by SIGKILL; the model is restarting"):
+        taken(kept.bad)
+    engine.leave(kept.left)
+    assert not engine.healthy and not kept.good.waiting
+    with pytest.raises(DeadlineExceeded):
+        taken(kept.late)
+    assert not engine.healthy  # it was told in the pause
+    assert engine.check() == 3  # nor does who has gone wait
+    with pytest.raises(EngineDown, match="is restarting"):
+        engine.open([prompt(5)], lambda ended: None)
+    stem = list(range(10, 60))
+    assert kept.answers() == [expected(ids)[0] for ids in (stem, stem, [7])]
+    for stream in (kept.bad, kept.late, kept.good):
+        engine.leave(stream)
+    assert open_sequences(engine) == 0 and engine._admitted == 0
+    assert [engine.tally.finished[reason] for reason in ("error", "deadline", "cancelled")] == [1, 1, 1]
+
+
+def test_a_request_with_one_sample_done_is_not_kept(make):
+    engine = make(max_sequences=1)
+    one = replace(PARAMS, max_tokens=1)
+    stream = engine.open([prompt(5, params=one), prompt(CRASH), prompt(6)], lambda ended: None)
+    with pytest.raises(EngineDown, match="SIGKILL"):
+        taken(stream)
+    engine.leave(stream)
+    await_health(engine)
+    assert open_sequences(engine) == 0
+
+
+def test_what_waits_ends_when_the_model_has_failed_for_good(make, folder):
+    engine = make(max_sequences=1, max_restarts=1)
+    (folder / "refuse").touch()
+    try:
+        kept = Kept(engine)
+        with pytest.raises(EngineDown, match="failed for good"):
+            taken(kept.good)
+        assert engine.check() == 0 and engine.tally.finished["error"] == 6
+        kept.leave()
+    finally:
+        (folder / "refuse").unlink()
+
+
+def test_what_no_longer_fits_after_a_restart_is_told_so(make, monkeypatch):
+    engine = make(max_sequences=1)
+    monkeypatch.setattr("backend.generation.engine.share", lambda config, capacities: (4, 60))
+    kept = Kept(engine)
+    with pytest.raises(EngineDown, match="room for 60 tokens only"):
+        taken(kept.good)
+    kept.leave()
+    await_health(engine)
+    assert open_sequences(engine) == 0 and complete(engine, prompt(5)) == [expected([5])]
+
+
 def test_a_rank_killed_while_idle_is_noticed_without_traffic(make):
     engine = make()
     pids = engine.pids
@@ -342,6 +421,14 @@ def test_priority_orders_admission(make):
     for thread in threads:
         thread.join()
     assert order == [0, 1, 2]
+
+
+def taken(stream, seconds=20):
+    """Take until something is raised."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        stream.take()
+        time.sleep(0.01)
 
 
 def open_sequences(engine, seconds=5):
