@@ -140,7 +140,7 @@ def test_sigterm_lets_streams_finish_and_a_second_one_does_not(start):
     server.process.send_signal(signal.SIGTERM)
     eventually(lambda: "stopping" in server.said, 10)
     pieces = [piece for answer in answers(short) for piece in answer["text_output"].ravel()]
-    assert pieces and alone["text_output"].item().endswith(b"".join(pieces))
+    assert pieces and alone["text_output"].item().endswith("".join(pieces))
     assert server.process.poll() is None
     assert server.stop(signal.SIGTERM) == 0
     assert server.left() == []
