@@ -1,16 +1,20 @@
-"""Journal: one line of JSON a request, once it is over. It knows neither Triton nor what was asked.
+"""Journal: one line of JSON a request, once it is over, and its spans where somebody collects them.
 
-No prompt and no answer can stand in it: of all that callers send it takes the request's id alone, escaped and cut. It
-goes to the server's output through a reporter, so to the launcher's log file.
+It knows neither Triton nor what was asked. No prompt and no answer can stand in a line: of all that callers send it
+takes the request's id alone, escaped and cut. It goes to the server's output through a reporter, so to the launcher's
+log file.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from backend import spans
 
 LONGEST = 80
 """Characters of a request's id."""
@@ -22,6 +26,10 @@ class Named(Protocol):
     @property
     def request_id(self) -> str: ...
 
+    @property
+    def trace(self) -> str:
+        """The server's traceparent, empty where it is not traced; asked for only where there is a collector."""
+
 
 @dataclass(slots=True)
 class Entry:
@@ -30,8 +38,11 @@ class Entry:
     journal: Journal | None = None
     asked: Named | None = None
     arrived: float = field(default_factory=time.monotonic)
+    begun: float = 0.0
+    """When its first step was sent; 0 as for `first`."""
     first: float = 0.0
     """When its first token was there; 0: not so far, or there are none."""
+    last: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
     """tokens_in, tokens_out or pieces."""
     reasons: set[str] = field(default_factory=set)
@@ -51,6 +62,7 @@ class Journal:
 
     def __init__(self, report: Callable[[str], None], on: bool = True) -> None:
         self._report, self._on = report, on
+        self._spans = spans.from_environment(os.environ)
 
     def entry(self, asked: Named) -> Entry:
         """For a request that arrives now."""
@@ -58,8 +70,11 @@ class Journal:
 
     def write(self, entry: Entry, error: BaseException | None = None) -> None:
         """Its line; a failure names its class only: a message may quote what was sent."""
+        now = time.monotonic()
         if self._on:
-            self._report(json.dumps(_line(entry, error, time.monotonic())))
+            self._report(json.dumps(_line(entry, error, now)))
+        if self._spans and entry.asked and (trace := entry.asked.trace):
+            self._spans.add(trace, entry, now)
 
 
 def _line(entry: Entry, error: BaseException | None, now: float) -> dict[str, object]:

@@ -73,6 +73,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=0,  # Triton 2.51 keeps failures too, and answers them again as a success without outputs
         help="memory for answers that repeat (default 0: none; Triton 2.51 also keeps failures, as empty answers)",
     )
+    how.add_argument(
+        "--otel", metavar="URL", default="", help="send traces there, e.g. http://127.0.0.1:4318/v1/traces"
+    )
     how.add_argument("--detach", action="store_true", help="return once it is ready, and leave it running")
     how.add_argument("--verbose", action="store_true", help="everything that tritonserver prints")
     options = parser.parse_args(arguments)
@@ -127,7 +130,7 @@ def serve(options: argparse.Namespace) -> int:
         output = Output(run_folder.run() / f"{ports.grpc}.log", options.verbose)
         output.log.write_text("")
         stack.callback(leftovers.remove, os.getpid())
-        environment = tritonserver.environment(run_folder.cache(), folder / "tmp")
+        environment = tritonserver.environment(run_folder.cache(), folder / "tmp", otel=options.otel)
         child = Child(line, environment, folder / "cwd", output.read)
         stack.callback(child.kill)
         stack.enter_context(served(Health(ports, models, output.states), ports.host, ports.health))
@@ -177,7 +180,8 @@ def _behaviour(options: argparse.Namespace, ports: Ports) -> Options:
     if not ports.loopback and not key:
         key = secrets.token_urlsafe(16)
         _say(f"the server's own APIs (model repository, shared memory, ...) need the header admin-key: {key}")
-    return Options(options.explicit, options.keep_going, options.verbose, options.drain_seconds, key, options.cache_mib)
+    drain, cache = options.drain_seconds, options.cache_mib
+    return Options(options.explicit, options.keep_going, options.verbose, drain, key, cache, options.otel)
 
 
 def watch(child: Child, output: Output, ports: Ports, behaviour: Options, models: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from backend import parent
 from backend.errors import InvalidInput, ServingError, serving
 from backend.metrics import COUNTER, GAUGE
+from backend.spans import VARIABLE
 from backend.tally import Change, Tally
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -75,6 +77,8 @@ class Asked:
         self._sender = request.get_response_sender()
         self.request_id: str = request.request_id()
         """The caller's own name for it, or once `parameters` are read its header x-request-id."""
+        self.trace = _trace(request) if VARIABLE in os.environ else ""
+        """The traceparent of Triton's span, empty where it keeps none."""
 
     def rows(self) -> list[dict[str, Any]]:
         """Its inputs, as `rows`; once, inside execute()."""
@@ -106,6 +110,14 @@ class Asked:
     def fail(self, error: Exception) -> None:
         """An error, the last that is sent."""
         self._sender.send(pb_utils.InferenceResponse(error=failure(served(error))), flags=FINAL)
+
+
+def _trace(request: Any) -> str:
+    try:
+        return str(json.loads(request.trace().get_context() or "{}").get("traceparent", ""))
+    except Exception as error:  # it is served without
+        log.debug("no trace context", exc_info=error)
+        return ""
 
 
 def _header(parameters: Mapping[str, Any], name: str) -> str:

@@ -29,6 +29,8 @@ class Asked(Protocol):
 
     @property
     def request_id(self) -> str: ...
+    @property
+    def trace(self) -> str: ...
 
     def rows(self) -> list[dict[str, Any]]: ...
     def parameters(self) -> dict[str, Any]: ...
@@ -122,7 +124,8 @@ class Delivery:
     def _close(self, error: Exception | None = None) -> None:
         """The request's line in the journal, if there is one."""
         if self._entry:
-            self._entry.first = self.stream.first
+            stream = self.stream
+            self._entry.begun, self._entry.first, self._entry.last = stream.begun, stream.first, stream.last
             self._entry.close(error)
 
     def _overdue(self) -> bool:

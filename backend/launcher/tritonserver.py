@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backend.errors import LoadError
+from backend.spans import VARIABLE
 
 SAFE_RELEASE = "26.07"
 """The first Triton release without a published remote-code-execution CVE; the PyPI server is 24.10."""
@@ -133,6 +134,8 @@ class Options:
     admin_key: str = ""
     cache_mib: int = 0
     """Memory for answers of models whose config.pbtxt says `response_cache`; 0: no cache."""
+    otel: str = ""
+    """Where an OpenTelemetry collector takes traces over HTTP; empty: nothing is traced."""
 
 
 def command(executable: Path, repository: Path, backends: Path | None, ports: Ports, options: Options) -> list[str]:
@@ -155,6 +158,7 @@ def command(executable: Path, repository: Path, backends: Path | None, ports: Po
     if options.keep_going:
         line += ["--exit-on-error=false", "--strict-readiness=false"]
     line += _cache(executable, options.cache_mib)
+    line += _traces(options.otel)
     if options.verbose:
         line.append("--log-verbose=1")
     if not ports.loopback:
@@ -171,12 +175,26 @@ def _cache(executable: Path, mib: int) -> list[str]:
     return [f"--cache-directory={caches}", f"--cache-config=local,size={mib << 20}"]
 
 
+def _traces(url: str) -> list[str]:
+    """Every request's span to the collector; a caller's traceparent is joined where its header is forwarded."""
+    settings = (
+        "mode=opentelemetry",
+        f"opentelemetry,url={url}",
+        "opentelemetry,bsp_schedule_delay=500",
+        "level=TIMESTAMPS",
+        "rate=1",
+    )
+    return [f"--trace-config={setting}" for setting in settings] if url else []
+
+
 def _addresses(ports: Ports) -> list[str]:
     ways = {"grpc": ports.grpc, "http": ports.http, "metrics": ports.metrics}
     return [f"--{way}-{what}" for way, port in ways.items() for what in (f"address={ports.host}", f"port={port}")]
 
 
-def environment(cache: Path, temporary: Path, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
+def environment(
+    cache: Path, temporary: Path, inherited: Mapping[str, str] = os.environ, otel: str = ""
+) -> dict[str, str]:
     """What stubs and ranks need: a stub takes its packages from the first python3 on PATH and knows no PYTHONPATH.
 
     Files that they make for a while come to `temporary`, which the launcher removes.
@@ -191,5 +209,6 @@ def environment(cache: Path, temporary: Path, inherited: Mapping[str, str] = os.
         "PATH": f"{folder}{os.pathsep}{inherited.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
         "TMPDIR": str(temporary),
+        **({VARIABLE: otel} if otel else {}),
         "TRITONSPEED_PYTHON": sys.executable,
     }

@@ -25,6 +25,8 @@ class Asked(Protocol):
 
     @property
     def request_id(self) -> str: ...
+    @property
+    def trace(self) -> str: ...
 
     def parameters(self) -> dict[str, Any]:
         """Its time limit in µs as `timeout`, among others; before `rows`."""

@@ -1,0 +1,63 @@
+"""A server that is traced: Triton's span and ours reach the collector with the caller's trace id."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+
+import pytest
+from serving import answers, eventually, request, running
+
+from backend import repository
+
+pytestmark = pytest.mark.server
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+NAMES = ["queue", "prefill", "decode", "send"]
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Keeps what is posted; both send JSON."""
+
+    def do_POST(self):
+        self.server.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_arguments):
+        pass
+
+
+@pytest.fixture
+def collector():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    server.bodies = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def spans_of(bodies, service):
+    """What the service, ours or Triton's, has sent."""
+    whole = [each for body in list(bodies) for each in json.loads(body)["resourceSpans"]]
+    own = [each for each in whole if service in json.dumps(each["resource"])]
+    return [span for each in own for scope in each["scopeSpans"] for span in scope["spans"]]
+
+
+def test_one_trace_holds_tritons_span_and_ours(tmp_path, tiny, collector):
+    (tmp_path / "repository").mkdir()
+    repository.write(tmp_path / "repository", "generate", "tiny", {"model": str(tiny), "max_model_len": "512"})
+    url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    with running(tmp_path / "served", tmp_path / "repository", f"--otel={url}") as server:
+        asked = iter([request("tiny", "the secret", max_tokens=4, ignore_eos=True)])
+        headers = [("traceparent", f"00-{TRACE}-b7ad6b7169203331-01")]
+        assert answers(server.stub.ModelStreamInfer(asked, timeout=60, metadata=headers))
+        spans = eventually(lambda: spans_of(collector.bodies, '"tritonspeed"'), 20)
+        theirs = eventually(lambda: spans_of(collector.bodies, "triton-inference-server"), 20)
+    assert [span["name"].removeprefix("tritonspeed.") for span in spans] == NAMES
+    assert {span["traceId"].lower() for span in [*spans, *theirs]} == {TRACE}
+    assert {span["parentSpanId"] for span in spans} <= {span["spanId"].lower() for span in theirs}
+    assert all(one["endTimeUnixNano"] == other["startTimeUnixNano"] for one, other in pairwise(spans))
+    assert not any(b"secret" in body for body in collector.bodies)
