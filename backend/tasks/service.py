@@ -114,14 +114,16 @@ class Service:
         return UNLOADED if self._closing.is_set() else self._down
 
     def _put(self, requests: list[Request]) -> None:
-        """Hand them to the service's thread once there is room; EngineDown where nobody would take them."""
-        while requests:
-            if reason := self._reason():
-                raise EngineDown(f"the model {reason}; try again later")
-            if self._pool.put(requests, IDLE_CHECK):
-                break
-        if self._down:  # that thread has failed what waited, perhaps before these came: nothing waits meanwhile
-            _fail(self._pool.clear(), EngineDown(f"the model {self._down}; try again later"))
+        """Hand them to the service's thread once there is room; EngineDown where it does not serve now.
+
+        Who waits when the ranks fail is served by the next ones.
+        """
+        if reason := self._reason():
+            raise EngineDown(f"the model {reason}; try again later")
+        while (requests := [one for one in requests if not one.settled]) and not self._pool.put(requests, IDLE_CHECK):
+            pass
+        if self._closing.is_set():  # that thread may have failed what waited before these came
+            _fail(self._pool.clear(), EngineDown(f"the model {UNLOADED}"))
 
     # ---- preparing, in the caller's thread
 
@@ -253,7 +255,7 @@ class Service:
         self._report(f"ready in {time.monotonic() - start:.1f} s")
 
     def _recover(self, error: Exception) -> None:
-        """After the ranks failed: tell everybody, start them again, slower each time; give up after max_restarts."""
+        """After the ranks failed: end what they had, start them again, slower each time; give up after max_restarts."""
         if self._closing.is_set():
             return
         reason = str(serving(error))
@@ -261,7 +263,7 @@ class Service:
         self._down = f"is restarting ({reason})"
         self.tally.down()
         self._group.close()
-        self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"))
+        self._fail_sent(EngineDown(f"{reason}; the model is restarting, try again later"))
         if self._restarts.again(self._load) or self._closing.is_set():
             return
         self._down = f"has failed for good ({reason})"
@@ -270,10 +272,14 @@ class Service:
             self._fail_all(EngineDown(f"the model {self._down}"))
             self._closing.wait(IDLE_CHECK)
 
-    def _fail_all(self, error: ServingError) -> None:
+    def _fail_sent(self, error: ServingError) -> None:
+        """End the requests that have a piece among what the ranks got."""
         sent, self._sent = self._sent, deque()
         for batch in sent:
             _fail(batch, error)
+
+    def _fail_all(self, error: ServingError) -> None:
+        self._fail_sent(error)
         _fail(self._pool.clear(), error)
 
 

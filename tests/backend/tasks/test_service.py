@@ -199,16 +199,39 @@ def test_an_answer_that_cannot_be_sent_becomes_an_error(service):
     ("how", "words"),
     [("raise", "ValueError: the rank broke"), ("die", "exit status 3"), ("hang", "not answered for 0.5 s")],
 )
-def test_after_a_failure_of_the_ranks_all_get_errors_and_the_next_is_served(make, how, words):
+def test_a_failure_of_the_ranks_ends_what_they_had_and_they_serve_again(make, how, words):
     service = make(step_timeout=0.5 if how == "hang" else 20.0, tensor_parallel=2)
     service.start()
-    service.serve([bad := ask(1, 2, 3, 4, how=how), with_it := ask(5)])
+    service.serve([bad := ask(1, how=how), with_it := ask(5)])
     for each in (bad, with_it):
         with pytest.raises(EngineDown, match=words):
             raise each.one()
     recovered(service).serve([good := ask(6)])
     assert good.doubled() == [[12]]
     assert [len(each.got) for each in (bad, with_it, good)] == [1, 1, 1]
+
+
+def test_what_only_waited_for_dead_ranks_is_served_by_the_next(make):
+    service = make(restart_backoff=0.5)
+    service.start()
+    service.serve([slow := ask(0, how="slow")])
+    time.sleep(0.1)  # it is under way
+    service.serve([bad := ask(1, how="die")])
+    waiting = [ask(number, number, number) for number in range(6)]
+    late = ask(7, timeout=600_000)
+    threads = [threading.Thread(target=service.serve, args=([each],)) for each in [*waiting, late]]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(EngineDown, match="exit status 3; the model is restarting"):
+        raise bad.one()
+    assert isinstance(late.one(), (DeadlineExceeded, EngineDown))
+    for thread in threads:
+        thread.join(20)
+    kept = [number for number, each in enumerate(waiting) if not isinstance(each.one(), EngineDown)]
+    assert len(kept) >= 3  # the ranks had five pieces beside the bad one at most
+    assert [waiting[number].doubled() for number in kept] == [[[2 * number] * 3] for number in kept]
+    assert {len(each.got) for each in [slow, bad, late, *waiting]} == {1}
+    assert not service._sent and not service._pool.clear()
 
 
 def test_what_waits_while_the_ranks_die_is_answered_once(service):
@@ -308,17 +331,16 @@ def test_a_job_that_slips_in_when_all_is_lost_is_failed(make, monkeypatch):
     assert isinstance(late.one(), EngineDown)
 
 
-def test_what_slips_in_during_a_restart_does_not_wait_for_its_end(make, monkeypatch):
-    service = make()
+def test_what_slips_in_during_a_restart_is_served_after_it(make, monkeypatch):
+    service = make(restart_backoff=0.3)
     service.start()
-    monkeypatch.setattr(service._restarts, "again", lambda load: service._closing.wait(20))  # it takes its time
     service.serve([ask(1, how="die")])
     while not service._down:
         time.sleep(0.01)
-    monkeypatch.setattr(service, "_reason", lambda: "")  # as if it had looked a moment earlier
-    service.serve([late := ask(1)])
-    with pytest.raises(EngineDown, match="is restarting"):
-        raise late.one(0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "_reason", lambda: "")  # as if it had looked a moment earlier
+        service.serve([late := ask(1)])
+    assert late.doubled() == [[2]]
 
 
 def test_close_answers_what_is_open_and_what_comes_later(make, monkeypatch):
