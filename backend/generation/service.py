@@ -52,6 +52,9 @@ class Service:
     def start(self) -> None:
         """Load, and begin to serve; LoadError with a one-line reason otherwise."""
         self.engine.start()
+        together = threading.Barrier(TOKENISERS)  # an executor makes its threads one by one, as work comes: all now
+        for _ in range(TOKENISERS):
+            self._tokenising.submit(together.wait)
         for thread in self._threads:
             thread.start()
 
