@@ -154,8 +154,10 @@ def test_a_way_back_that_is_broken_ends_its_request_only(service, caplog):
 
 
 def test_dead_ranks_fail_every_caller_and_the_next_one_is_served(service):
-    callers = [Caller(SLOW, 5, max_tokens=400), Caller(CRASH)]
-    service.serve(callers)
+    callers = [Caller(SLOW, 5, max_tokens=400, stream=True), Caller(CRASH)]
+    service.serve(callers[:1])
+    eventually(lambda: callers[0].answers)  # one that has not begun would be kept for the next ranks
+    service.serve(callers[1:])
     assert all(isinstance(caller.wait().error, EngineDown) and caller.ends == 1 for caller in callers)
     eventually(lambda: service.healthy)
     service.serve([after := Caller(5)])
