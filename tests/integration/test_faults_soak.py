@@ -72,15 +72,22 @@ class Client:
 
 
 def held(served, name):
-    """What must be the same at the end: processes, threads and files of the server, names in /dev/shm."""
+    """What must not have grown at the end: processes and threads of the server, names in /dev/shm.
+
+    Others than the soaked may become fewer meanwhile: guests of earlier tests that are still leaving.
+    """
     prefix = f"tritonspeed_{served.process.pid}_"
     stub, ranks = eventually(lambda: served.family(name), 30)
     return {
-        "processes": sorted(process.name() for process in served.processes()),
+        "processes": len(list(served.processes())),
         "shared": sum(file.startswith(prefix) for file in os.listdir("/dev/shm")),
         "ranks": len(ranks),
         "stub's threads": stub.num_threads(),
     }
+
+
+def grown(before, after):
+    return [what for what, count in after.items() if count > before[what]]
 
 
 def test_soak(served, tiny):
@@ -109,8 +116,8 @@ def test_soak(served, tiny):
         with served.pipeline(name) as pipe:
             assert pipe("the quick", max_tokens=24, seed=0).text == expected[0]
         with suppress(AssertionError):
-            eventually(lambda: held(served, name) == before, 10)
-        assert held(served, name) == before
+            eventually(lambda: not grown(before, held(served, name)), 20)
+        assert not grown(before, held(served, name)), (before, held(served, name))
         assert memory(*watched) - then < GROWTH
         now = [process.num_fds() for process in watched]
         assert all(last <= most + CLIENTS for last, most in zip(now, files, strict=True))
