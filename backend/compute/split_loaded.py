@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from backend.compute.encoders.load import _hide, _show, _tie
+from backend.compute.encoders.load import hide, share, show
 from backend.compute.load import put, restore
 from backend.compute.sharding import check_shards, shard, spans
 from backend.compute.weights import Span
@@ -41,13 +41,13 @@ def split(model: PreTrainedModel, rank: int, world: int, device: torch.device) -
     dtypes = {name: value.dtype for name, value in model.named_parameters(remove_duplicate=False)}
     tied = dict(model.all_tied_weights_keys)
     model.requires_grad_(False).to_empty(device="meta")
-    hidden, tables = _hide(model), _hide_tables(model)
+    hidden, tables = hide(model), _hide_tables(model)
     shard(model, world, device, model.dtype)
-    _show(model, hidden, device)
+    show(model, hidden, device)
     for name, table in tables.items():
         put(model, name, nn.Embedding(table.num_embeddings, table.embedding_dim // world, device=device))
     restore(model, buffers, dtypes, device)
-    _tie(model, tied)
+    share(model, tied)
     check_shards(model, world)
     _fill(model, whole, rank)
     model.eval()

@@ -12,18 +12,13 @@ from torch import Tensor
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy on the device. It is complete when the device's current stream gets there; nothing waits for it."""
-    return staged(array, device).to(device, non_blocking=True)
+    """A copy on the device. It is complete when the device's current stream gets there; nothing waits for it.
 
-
-def staged(array: NDArray[Any], device: torch.device) -> Tensor:
-    """A copy in host memory from where `device` can fetch it by itself: on CUDA pinned.
-
-    A copy from other memory may wait for all that the stream holds. torch keeps the pinned memory until the copies from
-    it that torch knows of are done.
+    On CUDA it goes by way of pinned memory, from where the device fetches it by itself: a copy from other memory may
+    wait for all that the stream holds. torch keeps the pinned memory until its copies are done.
     """
     host = torch.from_numpy(np.array(array, order="C"))
-    return host.pin_memory() if device.type == "cuda" else host
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def download(*tensors: Tensor) -> Callable[[], list[Tensor]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from backend.compute.attention import reference
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, LayerSpec
+from backend.compute.decoder import decode
+from backend.compute.graphs import Inputs
 from backend.generation.plan import Plan
 
 pytest.importorskip("triton")
@@ -63,6 +66,12 @@ def case(chunks: list[tuple[int, int]], block_size: int, seed: int) -> Plan:
         rows=none,
         sampling=none,
     )
+
+
+def decoded(plan: Plan) -> Plan:
+    """The plan of one token a chunk, with all that a whole decode step has besides."""
+    usual = decode(len(plan.kv_lengths))
+    return replace(usual, kv_slots=plan.kv_slots, kv_lengths=plan.kv_lengths, block_tables=plan.block_tables)
 
 
 class Fixture:
@@ -200,7 +209,7 @@ def test_splits_depend_on_rows_heads_and_processors(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(splitting, "processors", lambda _: 132)
     cache = KVCache([LayerSpec(8, 16)], 1, 16, torch.float32, DEVICE)
     for width in (1, 700):
-        steps = {rows: Step.static(cache, rows, width) for rows in (1, 2, 4, 8, 16, 17, 256)}
+        steps = {rows: Inputs(cache, rows, width, spare_slot=rows).step for rows in (1, 2, 4, 8, 16, 17, 256)}
         counts = {rows: splitting.splits(step, 8) for rows, step in steps.items()}
         assert counts == {1: 64, 2: 32, 4: 16, 8: 8, 16: 4, 17: 0, 256: 0}
     assert splitting.splits(steps[1], 1) == 64
@@ -252,8 +261,9 @@ def test_padded_static_step(processors: int, count: int, sinks: bool, monkeypatc
     monkeypatch.setattr(kernels, "splits", lambda *_: count)
     made = Fixture(DECODE, torch.float32, 64, 6, 2)
     rule = Rule(0.125, sinks=made.sinks if sinks else None)
-    step = Step.static(made.cache, 16, 300)
-    step.fill(made.plan)
+    inputs = Inputs(made.cache, 16, 300, spare_slot=16)
+    inputs.fill(decoded(made.plan))
+    step = inputs.step
     before = made.cache.layers[0].clone()
     padded = [torch.cat([x, torch.randn_like(x)], 1) for x in made.inputs]
     result = kernels.attend(*padded, 0, step, rule)
@@ -271,7 +281,8 @@ def test_cuda_graph_follows_new_values(count: int, monkeypatch: pytest.MonkeyPat
     dtype = torch.bfloat16
     monkeypatch.setattr(kernels, "splits", lambda *_: count)
     made = Fixture(LONG, dtype, 128, 32, 8)
-    step = Step.static(made.cache, 8, 300)
+    inputs = Inputs(made.cache, 8, 300, spare_slot=8)
+    step = inputs.step
     static = [torch.zeros(x.shape[0], 8, 128, dtype=x.dtype, device=DEVICE) for x in made.inputs]
     kernels.attend(*static, 0, step, Rule(0.09))
     torch.cuda.synchronize()
@@ -280,7 +291,7 @@ def test_cuda_graph_follows_new_values(count: int, monkeypatch: pytest.MonkeyPat
         result = kernels.attend(*static, 0, step, Rule(0.09))
     for x, given in zip(static, made.inputs, strict=True):
         x[:, :4] = given
-    step.fill(made.plan)
+    inputs.fill(decoded(made.plan))
     graph.replay()
     expected = reference.attend(
         *(x.float() for x in made.inputs), 0, Step.from_plan(made.plan, DEVICE, made.exact), Rule(0.09)

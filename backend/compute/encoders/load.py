@@ -43,12 +43,12 @@ def load_encoder(
         tied = _tied(model, wanted, reader)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         dtypes = own_dtypes(model, dtype)
-        hidden = _hide(model)
+        hidden = hide(model)
         shard(model, world, device, dtype)
-        _show(model, hidden, device)
+        show(model, hidden, device)
         check_split(model, world)
         restore(model, buffers, dtypes, device)
-        _tie(model, tied)
+        share(model, tied)
         parts = {name: span for name, span in spans(model, False).items() if name not in tied}
         if fused.pays(device, dtype):
             fused.merge(model)
@@ -70,12 +70,12 @@ def _tied(model: PreTrainedModel, wanted: dict[str, Recipe], reader: Reader) -> 
     return {name: source for name, source in stated.items() if tie(name, source, wanted, reader)}
 
 
-def _tie(model: PreTrainedModel, tied: dict[str, str]) -> None:
+def share(model: PreTrainedModel, tied: dict[str, str]) -> None:
     for name, source in tied.items():
         put(model, name, model.get_parameter(source))
 
 
-def _hide(model: PreTrainedModel) -> dict[str, nn.Module]:
+def hide(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Take linear layers outside the repeated blocks out of DeepSpeed's sight."""
     blocks = {
         id(inner) for module in model.modules() if isinstance(module, nn.ModuleList) for inner in module.modules()
@@ -88,6 +88,6 @@ def _hide(model: PreTrainedModel) -> dict[str, nn.Module]:
     return hidden
 
 
-def _show(model: PreTrainedModel, hidden: dict[str, nn.Module], device: torch.device) -> None:
+def show(model: PreTrainedModel, hidden: dict[str, nn.Module], device: torch.device) -> None:
     for name, module in hidden.items():
         put(model, name, module.to_empty(device=device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from backend.compute.attention.base import kernel
 from backend.compute.attention.paged import paged, register
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, LayerSpec, probe
+from backend.compute.decoder import decode
+from backend.compute.graphs import Inputs
 from backend.errors import LoadError
 from backend.generation.plan import Plan
 
@@ -245,8 +248,10 @@ def test_padding_rows_of_a_static_step_are_harmless() -> None:
     expected = Step.from_plan(made, "cpu", cache).attend(0, query, key, value, Rule(0.3))
     after = cache.layers[0].clone()
     cache.layers[0].copy_(before)
-    static = Step.static(cache, 4, 3)
-    static.fill(made)
+    inputs = Inputs(cache, 4, 3, spare_slot=9)
+    tables = made.block_tables
+    inputs.fill(replace(decode(2), kv_slots=made.kv_slots, kv_lengths=made.kv_lengths, block_tables=tables))
+    static = inputs.step
     assert static.kv_slots.tolist()[2:] == [24, 24] and static.kv_lengths.tolist() == [6, 2, 0, 0]
     padded = [torch.cat([x, torch.full_like(x, torch.nan)], 1) for x in (query, key, value)]
     on_host = Step(cache, static.kv_slots, static.query_starts, static.kv_lengths, static.block_tables, True,
