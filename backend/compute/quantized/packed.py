@@ -1,0 +1,159 @@
+"""Packed: a weight of codes, scales and offsets, made of a full one and back by plain torch; not how it is multiplied.
+
+Group-wise rounding to nearest, as in Dettmers et al. 2022 (LLM.int8()) and Yao et al. 2022 (ZeroQuant). The asymmetric
+integer form is DeepSpeed's (deepspeed.inference.quantization), bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from backend.errors import LoadError
+
+BITS = {"int4": 4, "int8": 8, "fp8": 8}
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are packed."""
+
+    kind: str
+    """A key of BITS; fp8 is float8_e4m3fn."""
+    group: int
+    """Columns of a row that share a scale; 0: all of them."""
+    symmetric: bool = True
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.kind]
+
+    def columns(self, width: int) -> int:
+        """Columns of each group of a weight of so many; LoadError where they do not divide it."""
+        size = self.group or width
+        if width % size:
+            raise LoadError(f"quantization groups of {size} columns do not divide {width}; set quantization_group")
+        return size
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight [N, K]. Tensors are the places that loading fills, so two may be views of one, row by row.
+
+    A code q of column k means q * scale + offset of k's group; without an offset (q - 2 ** (bits - 1)) * scale, and for
+    fp8 q * scale. With `divides` it is q / scale + offset: DeepSpeed's form.
+    """
+
+    scheme: Scheme
+    codes: Tensor
+    """uint8 [N, K] of int8; uint8 [N, K / 2] of int4, the even column in the high half; float8 [N, K] of fp8."""
+    scale: Tensor
+    """[N, groups]"""
+    offset: Tensor | None
+    """[N, groups]; None: symmetric"""
+    dtype: torch.dtype
+    """Of the full weight."""
+    divides: bool = False
+
+    @classmethod
+    def empty(cls, scheme: Scheme, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Packed:
+        """Places for a weight [rows, width], to be filled."""
+        groups = width // scheme.columns(width)
+        stored = width // 2 if scheme.bits == 4 else width
+        codes = torch.empty(rows, stored, dtype=FP8 if scheme.kind == "fp8" else torch.uint8, device=device)
+        asymmetric = not scheme.symmetric
+        scale = torch.empty(rows, groups, dtype=dtype if asymmetric else torch.float32, device=device)
+        return cls(scheme, codes, scale, torch.empty_like(scale) if asymmetric else None, dtype, asymmetric)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the full weight."""
+        rows, stored = self.codes.shape
+        return rows, stored * 2 if self.scheme.bits == 4 else stored
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (self.codes, self.scale, self.offset) if each is not None)
+
+    def rows(self, start: int, stop: int) -> Packed:
+        """A view of some rows."""
+        offset = None if self.offset is None else self.offset[start:stop]
+        return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], offset=offset)
+
+    def fill(self, full: Tensor) -> None:
+        """Round a full weight [N, K] into this one's places. It is computed in the full weight's own precision."""
+        made = pack(full.to(self.dtype), self.scheme)
+        self.take(made)
+
+    def take(self, other: Packed) -> None:
+        """Copy another one's tensors into these places; LoadError unless it has the same form."""
+        if (self.shape, self.scheme, self.divides) != (other.shape, other.scheme, other.divides):
+            raise LoadError(f"a weight {other.shape} of {other.scheme} does not fit {self.shape} of {self.scheme}")
+        self.codes.copy_(other.codes)
+        self.scale.copy_(other.scale)
+        if self.offset is not None and other.offset is not None:
+            self.offset.copy_(other.offset)
+
+    def full(self) -> Tensor:
+        """The weight [N, K] in its dtype."""
+        codes = self._codes()
+        if self.divides and self.offset is not None:  # every step rounded to dtype, as DeepSpeed's own
+            grouped = codes.to(self.dtype).div_(self.scale[..., None]).add_(self.offset[..., None])
+        else:
+            grouped = codes.float() * self.scale.float()[..., None]
+            grouped = grouped if self.offset is None else grouped + self.offset.float()[..., None]
+        return grouped.flatten(1).to(self.dtype)
+
+    def _codes(self) -> Tensor:
+        """[N, groups, columns], centred if there is no offset."""
+        codes = self.codes
+        if self.scheme.bits == 4:
+            codes = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1)
+        if self.scheme.kind == "fp8":
+            codes = codes.float()
+        elif self.offset is None:
+            codes = codes.short() - (1 << self.scheme.bits - 1)
+        return codes.reshape(len(codes), self.scale.shape[1], -1)
+
+
+def pack(full: Tensor, scheme: Scheme) -> Packed:
+    """The weight [N, K] rounded, on its own device."""
+    grouped = full.unflatten(1, (-1, scheme.columns(full.shape[1])))  # [N, groups, columns]
+    if scheme.kind == "fp8":
+        return _float(full, grouped, scheme)
+    codes, scale, offset = _symmetric(grouped, scheme.bits) if scheme.symmetric else _asymmetric(grouped, scheme.bits)
+    codes = codes.flatten(1)
+    if scheme.bits == 4:
+        codes = codes[:, 0::2] << 4 | codes[:, 1::2]
+    return Packed(scheme, codes, scale, offset, full.dtype, divides=not scheme.symmetric)
+
+
+def _float(full: Tensor, grouped: Tensor, scheme: Scheme) -> Packed:
+    largest = torch.finfo(FP8).max
+    scale = grouped.float().abs().amax(-1).clamp(min=1e-12) / largest
+    codes = (grouped.float() / scale[..., None]).clamp(-largest, largest).to(FP8)
+    return Packed(scheme, codes.flatten(1), scale, None, full.dtype)
+
+
+def _symmetric(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor, None]:
+    half = 1 << bits - 1
+    scale = grouped.float().abs().amax(-1).clamp(min=1e-12) / (half - 1)
+    codes = (grouped.float() / scale[..., None]).round_().clamp_(-half, half - 1) + half
+    return codes.to(torch.uint8), scale, None
+
+
+def _asymmetric(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In the weight's dtype throughout, as DeepSpeed; but for a group of equal values, which it makes NaN."""
+    largest = (1 << bits) - 1
+    offset, top = grouped.amin(-1), grouped.amax(-1)
+    scale = largest / (top - offset)
+    scale = torch.where(scale.isfinite(), scale, 1.0)
+    codes: Tensor = ((grouped - offset[..., None]) * scale[..., None]).clamp_(0, largest).round_()
+    return codes.to(torch.uint8), scale, offset
