@@ -175,7 +175,7 @@ def test_a_killed_rank_counts_as_a_restart_and_counters_go_on(served, task, requ
 
 def test_a_reload_and_what_is_unloaded(served, tiny):
     """A new process writes on where the old one ended; an unloaded model's heartbeat is 0 and nothing of it is up."""
-    with guest(served, "generate", "passing", tiny, max_model_len=64) as name, served.pipeline(name) as pipe:
+    with guest(served, "generate", "reloaded", tiny, max_model_len=64) as name, served.pipeline(name) as pipe:
         pipe("the", max_tokens=3, ignore_eos=True)
         eventually(lambda: values(served, name)["vllm:generation_tokens_total"] == 3, SOON)
         old = served.family(name)[0]
