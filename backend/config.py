@@ -60,7 +60,8 @@ class EngineConfig:
     compile: bool = True
     """Whether image models are compiled on CUDA as they load: a minute or two the first time, seconds once cached."""
     fused_kernels: bool = True
-    """Whether decoder layers of known structure are computed by fused kernels (CUDA); each is tried at load."""
+    """Whether decoder layers of known structure are computed by fused kernels, and texts of encoders without padding
+    (CUDA); each is tried at load."""
     threads: int = 0
     """CPU threads of a rank; 0: the cores shared evenly among the ranks on CPU, 1 on CUDA."""
     default_max_tokens: int = 256

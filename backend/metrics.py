@@ -42,6 +42,7 @@ TASK = (
     Metric("tritonspeed_load_seconds", GAUGE, "load_seconds", "how long the last start of the ranks took"),
     Metric("tritonspeed_batch_tokens", GAUGE, "batch_tokens", "mean tokens (pictures) of the last second's steps"),
     Metric("tritonspeed_padding_ratio", GAUGE, "padding_ratio", "padding's share of the last second's tokens"),
+    Metric("tritonspeed_proof_difference", GAUGE, "proof_difference", "of outputs from the plain computation's"),
     Metric("tritonspeed_heartbeat_seconds", GAUGE, "heartbeat", "Unix time of the last push; 0: unloaded"),
     Metric("vllm:e2e_request_latency_seconds", HISTOGRAM, "latency", "from arrival to last token or answer", SECONDS),
     *_both("vllm:request_success", "finished", "sequences (tasks: requests) that ended, by how", REASONS),
@@ -49,7 +50,6 @@ TASK = (
 """Of every task."""
 GENERATE = (
     *TASK,
-    Metric("tritonspeed_proof_difference", GAUGE, "proof_difference", "of logits from the plain computation's"),
     Metric("tritonspeed_refused_total", COUNTER, "refused", "requests refused because too many ran or waited"),
     Metric("vllm:prompt_tokens_total", COUNTER, "prompt_tokens", "prompt tokens of sequences that got a first token"),
     Metric("vllm:generation_tokens_total", COUNTER, "generation_tokens", "tokens generated"),

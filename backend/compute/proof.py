@@ -18,6 +18,17 @@ ALLOWED = {torch.float32: 2e-3, torch.bfloat16: 0.08, torch.float16: 0.03}
 """Largest difference of a logit by dtype, as a share of the spread of all logits: several times what rounding makes."""
 
 
+PARTS = 0.05
+"""Largest difference of what an encoder's or an image model's parts answer, as `distance` has it: several times what
+rounding makes in half precision, and far less than a wrong mask."""
+
+
+def distance(found: Tensor, plain: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    found, plain = found.float(), plain.float()
+    return float((found - plain).abs().max() / plain.abs().max().clamp(min=1e-6))
+
+
 def difference(found: Tensor, plain: Tensor) -> float:
     """The largest, as a share of the plain logits' spread; infinite where only one of them is a number."""
     found, plain = found.float(), plain.float()
@@ -34,12 +45,17 @@ def check(ways: Mapping[str, Tensor], plain: Tensor, dtype: torch.dtype) -> floa
     """
     found = 0.0
     for parameter, logits in ways.items():
-        found = difference(logits, plain)
-        if not found <= ALLOWED[dtype]:
-            raise LoadError(
-                f"output proof: with {parameter} a logit differs from the plain computation by {found:.3g} of the "
-                f"logits' spread, {ALLOWED[dtype]:g} are allowed; set {parameter} to false"
-            )
+        found = allow(parameter, difference(logits, plain), ALLOWED[dtype], "a logit", "the logits' spread")
+    return found
+
+
+def allow(parameter: str, found: float, allowed: float, what: str, unit: str) -> float:
+    """The difference; LoadError where it is past the bound, or is no number."""
+    if not found <= allowed:
+        raise LoadError(
+            f"output proof: with {parameter} {what} differs from the plain computation by {found:.3g} of {unit}, "
+            f"{allowed:g} are allowed; set {parameter} to false"
+        )
     return found
 
 

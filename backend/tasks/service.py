@@ -29,7 +29,7 @@ from backend.tasks import find
 from backend.tasks.pool import Batch, Pool
 from backend.tasks.request import Asked, Request
 from backend.tasks.task import Array, Task
-from backend.tasks.text import Texts
+from backend.tasks.text import Ready, Texts
 from backend.tasks.watch import Watch
 
 IDLE_CHECK = 0.5
@@ -57,7 +57,7 @@ class Service:
         self.task: Task = find(name)(folder, self.config)
         self.tally = Tally(TASK)
         self._journal = Journal(report, config.journal)
-        self._packed = False  # whether the ranks compute texts without padding
+        self._ready = Ready()
         self._report = report
         self._group = RankGroup(self.config, self.task.worker, report, name)
         self._pool = Pool(self.task.cut)
@@ -217,7 +217,7 @@ class Service:
                 self._begun = time.monotonic()
             self._sent.append(batch)
             self._group.send("forward", message)
-            self.tally.step(*_tokens(message, len(batch), self._packed))
+            self.tally.step(*_tokens(message, len(batch), self._ready))
 
     def _answering(self) -> bool:
         """Whether an answer has come; EngineDown where none has for too long."""
@@ -245,11 +245,13 @@ class Service:
         self.tally.restarts += self._started.done()
         self._group.start()
         try:
-            self._packed = self._group.call("warm_up", timeout=self.config.load_timeout)[0] is True
+            told = self._group.call("warm_up", timeout=self.config.load_timeout)
         except BaseException:
             self._group.close()
             raise
         self._down, self._begun = "", time.monotonic()
+        ready = [each for each in told if isinstance(each, Ready)] or [Ready()]
+        self._ready, self.tally.proof_difference = ready[0], max(each.proof for each in ready)
         self.tally.up(self.config.tensor_parallel, self._begun - start)
         self._restarts.served()
         self._report(f"ready in {time.monotonic() - start:.1f} s")
@@ -289,12 +291,11 @@ def _tokenise_in_parallel() -> None:
     os.environ.setdefault("RAYON_NUM_THREADS", str(min(TOKENISING, len(os.sched_getaffinity(0)))))
 
 
-def _tokens(message: Any, pieces: int, packed: bool) -> tuple[int, int]:
+def _tokens(message: Any, pieces: int, ready: Ready) -> tuple[int, int]:
     """Of a micro-batch, without padding and with it; of anything but texts, its pieces."""
     if not isinstance(message, Texts):
         return pieces, pieces
-    tokens = int(message.lengths.sum())
-    return tokens, tokens if packed else len(message.lengths) * int(message.lengths.max())
+    return int(message.lengths.sum()), ready.computed(message)
 
 
 def _fail(batch: Batch, error: Exception) -> None:

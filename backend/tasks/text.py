@@ -53,6 +53,35 @@ class Texts:
         )
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What ranks of any task tell of themselves once they are ready."""
+
+    proof: float = 0.0
+    """How far what serves is from the plain computation; 0: that one serves."""
+    packed: bool = False
+    """Whether texts are computed without padding."""
+    graphed: int = 0
+    """Tokens of the largest packed micro-batch that is filled up to the size of a CUDA graph."""
+
+    def computed(self, batch: Texts) -> int:
+        """Tokens that the layers compute for it, padding and what fills a graph included."""
+        if not self.packed:
+            return len(batch.lengths) * int(batch.lengths.max())
+        filled, tokens = stepped(len(batch.input_ids)), len(batch.input_ids)
+        return filled if filled <= stepped(self.graphed) else tokens
+
+
+_STEPS, _LEAST = 8, 128
+"""Attention works in blocks of 128 tokens."""
+
+
+def stepped(tokens: int) -> int:
+    """What a graph's packed tokens are filled up to: the next of eight even steps between two powers of two."""
+    step = max(_LEAST, (1 << max(0, tokens - 1).bit_length()) // 2 // _STEPS)
+    return -(-tokens // step) * step
+
+
 class TextTask:
     """Base of the text tasks. One thread parses and prepares, another one finishes."""
 

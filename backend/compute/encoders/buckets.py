@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.tasks.text import stepped
+
 _STEPS = 8
 _TOKENS, _LONGEST, _SEQUENCES = 128, 128, 8
 """The least of each; attention works in blocks of 128 tokens, so a smaller bound on the length gains nothing."""
@@ -47,12 +49,6 @@ class Bucket:
 def _doubled(value: int, least: int) -> int:
     """The first of `least` and the powers of two above it that is no less."""
     return max(least, 1 << (value - 1).bit_length())
-
-
-def stepped(value: int) -> int:
-    """The next of eight even steps between two powers of two."""
-    step = max(_TOKENS, (1 << (value - 1).bit_length()) // 2 // _STEPS)
-    return -(-value // step) * step
 
 
 def usual(most: int, longest: int) -> list[Bucket]:

@@ -20,17 +20,16 @@ from backend.compute.encoders.graphs import Capture, agree
 from backend.compute.encoders.inputs import Inputs
 from backend.compute.encoders.load import load_encoder
 from backend.compute.encoders.packing import Packing
+from backend.compute.proof import PARTS, allow, distance
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.encoders import longest
 from backend.ranks.rank import Birth, Deferred
 from backend.tasks import find
-from backend.tasks.text import Piece, Texts
+from backend.tasks.text import Piece, Ready, Texts
 
 Arrays = NDArray[Any]
 
-TOLERANCE = 0.05
-"""Packed against padded in half precision, relative to the largest value; a wrong mask shows as far more."""
 CALLS = 2
 """Of one size until its graph is there."""
 
@@ -55,13 +54,14 @@ class Encoder:
             self._graph(birth.world)
 
     def _packs(self, dtype: torch.dtype) -> bool:
-        return self._device.type == "cuda" and packable(type(self._model), self._model.config, dtype)
+        wanted = self._device.type == "cuda" and self._config.fused_kernels
+        return wanted and packable(type(self._model), self._model.config, dtype)
 
     def _pack(self) -> None:
         """Compute without padding, once a trial has shown that the result stays."""
         trial = self._trial()
-        before, self._packing = self._hidden(trial), Packing(self._model)
-        if reason := self._differs(lambda: self._hidden(trial), before):
+        self._padded, self._packing = self._hidden(trial), Packing(self._model)
+        if reason := self._differs(lambda: self._hidden(trial), self._padded):
             self._packing.remove()
             self._packing = None
         self._progress(
@@ -87,10 +87,26 @@ class Encoder:
     def _differs(self, compute: Callable[[], Tensor], before: Tensor) -> str:
         """Why the result is not what it was before, if so."""
         try:
-            difference = float((compute() - before).abs().max() / before.abs().max().clamp(min=1e-6))
+            found = distance(compute(), before)
         except (RuntimeError, TypeError) as error:
             return " ".join(str(error).split())[:200]
-        return "" if difference < TOLERANCE else f"the result differs by {difference:.3g}"
+        return "" if found < PARTS else f"the result differs by {found:.3g}"
+
+    def _prove(self) -> float:
+        """How far a trial's result is from the padded one by now, with every graph there; LoadError where too far."""
+        if not self._packing:
+            return 0.0
+        trial, graphs, self._packing.graphs = self._trial(), self._packing.graphs, None
+        found = self._allowed("fused_kernels", trial)
+        if graphs:
+            self._packing.graphs = graphs
+            found = self._allowed("cuda_graphs", trial)
+        self._progress(f"output proof: within {found:.2g} of the largest value of the padded computation's")
+        return found
+
+    def _allowed(self, parameter: str, trial: Texts) -> float:
+        found = distance(self._hidden(trial), self._padded)
+        return allow(parameter, found, PARTS, "the model's output", "its largest value")
 
     def _trial(self, turned: bool = False) -> Texts:
         """Texts of several lengths; turned, others of the same size."""
@@ -113,11 +129,8 @@ class Encoder:
         return int(tables[0].weight.shape[0]) if tables else 0
 
     @torch.inference_mode()
-    def warm_up(self) -> bool:
-        """The largest micro-batches, of longest texts and of short ones, and the usual ones' graphs.
-
-        Whether texts are computed without padding.
-        """
+    def warm_up(self) -> Ready:
+        """The largest micro-batches, of longest texts and of short ones, the usual ones' graphs, the output proof."""
         most, tokens = self._most, self._config.step_tokens
         for length in {most: None, min(64, most): None, min(16, most): None}:
             self._warm(length, max(1, tokens // length))
@@ -125,7 +138,8 @@ class Encoder:
             buckets = usual(tokens, most)
             self._progress(f"capturing {len(buckets)} CUDA graphs of the layers")
             self._packing.graphs.prepare(buckets)
-        return self._packing is not None
+        graphed = tokens if self._packing and self._packing.graphs else 0
+        return Ready(self._prove(), packed=self._packing is not None, graphed=graphed)
 
     def _warm(self, length: int, count: int) -> None:
         ids = np.full(length, 1, np.int32)

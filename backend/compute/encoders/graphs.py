@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from backend.compute.encoders.attention import Spread
-from backend.compute.encoders.buckets import Bucket, stepped
+from backend.compute.encoders.buckets import Bucket
+from backend.tasks.text import stepped
 
 MOST = 256
 """Graphs that are kept."""

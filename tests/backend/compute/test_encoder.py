@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 from tiny_encoders import write
 
+from backend.compute.encoders.attention import Spread
 from backend.compute.encoders.encoder import Encoder
 from backend.config import EngineConfig
+from backend.errors import LoadError
 from backend.ranks.rank import Birth
 from backend.tasks import TASKS
-from backend.tasks.text import Piece, Texts, TextTask
+from backend.tasks.text import Piece, Ready, Texts, TextTask
 
 
 class Whole(TextTask):
@@ -63,7 +66,7 @@ def pieces(kinds):
 def test_sequences_of_a_micro_batch_do_not_see_each_other(encoder, tmp_path, family, kinds):
     folder = write(tmp_path / "model", family, "AutoModel")
     worker = encoder(folder)
-    assert worker.warm_up() is False  # on CPU texts are padded
+    assert worker.warm_up() == Ready()  # on CPU texts are padded
     model = transformers.AutoModel.from_pretrained(folder).eval()
     given = pieces(max(kinds, 2))  # roberta's tokenizers may tell two kinds apart, of which it knows one
     answers = worker.forward(Texts.of(given))
@@ -101,7 +104,9 @@ def test_graphs_change_no_answer(encoder, packs, tmp_path, family):
     packs(lambda compute: captured.append(compute) or compute)
     worker = encoder(folder, said, step_tokens=512)
     assert said == ["texts are packed without padding", "layers run as CUDA graphs"]
-    worker.warm_up()
+    ready = worker.warm_up()
+    assert ready.packed and ready.graphed == 512 and 0 < ready.proof < 1e-4
+    assert said[-1].startswith("output proof: within ")
     warm = len(captured)
     assert warm > 1
     for _ in range(3):
@@ -136,5 +141,26 @@ def test_graphs_can_be_refused(encoder, packs, tmp_path):
     said = []
     packs(no_capture)
     worker = encoder(write(tmp_path / "model", "bert", "AutoModel"), said, cuda_graphs=False)
+    ready = worker.warm_up()
+    assert said[0] == "texts are packed without padding" and len(said) == 2
+    assert ready.packed and ready.graphed == 0
+
+
+def test_graphs_that_later_captures_spoil_are_refused(encoder, packs, tmp_path):
+    """As where two graphs share memory that they must not."""
+    spoilt = threading.Event()
+    packs(lambda compute: lambda: None if spoilt.is_set() else compute())
+    worker = encoder(write(tmp_path / "model", "bert", "AutoModel"), step_tokens=512)
     worker.warm_up()
-    assert said == ["texts are packed without padding"]
+    spoilt.set()
+    with pytest.raises(LoadError, match=r"proof: with cuda_graphs the model's output .*; set cuda_graphs to false"):
+        worker.warm_up()
+
+
+def test_packing_that_becomes_wrong_after_its_trial_is_refused(encoder, packs, tmp_path, monkeypatch):
+    packs(no_capture)
+    worker = encoder(write(tmp_path / "model", "bert", "AutoModel"), cuda_graphs=False)
+    right = Spread.attend
+    monkeypatch.setattr(Spread, "attend", lambda *given: right(*given) * 1.5)
+    with pytest.raises(LoadError, match="set fused_kernels to false"):
+        worker.warm_up()
