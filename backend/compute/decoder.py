@@ -21,6 +21,7 @@ from backend.compute.dense.base import ops
 from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
 from backend.compute.proof import check, plain_modules
+from backend.compute.room import Room, nothing, told
 from backend.compute.sampler import BROKEN, Sampler
 from backend.compute.tensor_parallel import VocabParallelHead, join
 from backend.compute.upload import download, upload
@@ -41,6 +42,7 @@ class Decoder:
         self._checkpoint = Checkpoint.open(resolve(birth.config.model, None))
         self._dtype = dtype_of(birth.config, self._checkpoint)
         self._device = join(birth, progress)
+        self._room = Room(self._device, birth.world)
         self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what merging projections let go of
@@ -68,10 +70,10 @@ class Decoder:
         size, config, longest = self._config.block_size, self._config, self._longest()
         if self._device.type == "cuda":
             self.allocate(-(-config.step_tokens // size) + 1, longest)
-            self._run(
-                prefill(config.step_tokens, min(config.step_tokens, longest), size, config.max_sequences)
-            )  # its memory stays reserved
-            self._run(decode(config.max_sequences, costly=True))
+            first = prefill(config.step_tokens, min(config.step_tokens, longest), size, config.max_sequences)
+            self._room.per_token = self._room.peak(lambda: self._run(first)) / len(first.input_ids)
+            most = decode(config.max_sequences, costly=True)
+            self._room.per_row = self._room.peak(lambda: self._run(most)) / len(most.rows)  # its memory stays reserved
             del self._cache
             free = torch.cuda.mem_get_info()[0]
         else:
@@ -105,6 +107,7 @@ class Decoder:
                 self._graphs[size] = self._capture(size)
             self._run(decode(size))
             self._progress(f"warm-up: decode of {size} sequences, {done + 1} of {len(captured)}")
+        self._room.hold(self._room.bytes(config.step_tokens, config.max_sequences))  # captures gave it back
         return self.prove()
 
     @torch.inference_mode()
@@ -136,13 +139,28 @@ class Decoder:
         return torch.stack([before, after[0]])
 
     def step(self, plan: Plan) -> Sampled | Deferred:
-        """Compute the plan; the answer of rank 0 counts."""
-        return self._answer(*self._run(plan))
+        """Compute the plan, less the chunks that there is no memory for; the answer of rank 0 counts."""
+        kept, lost = self._room.keep(plan, self._needs)
+        if not lost:
+            return self._answer(*self._run(plan))
+        self._progress(f"no device memory for {len(lost)} of {len(plan.slots)} sequences of a step")
+        return told(self._answer(*(self._run(kept) if len(kept.slots) else nothing(self._device))), plan, lost)
+
+    def _needs(self, plan: Plan) -> int:
+        """Bytes that computing it allocates, for Room."""
+        graph = self._size(plan) > 0
+        if graph and plan.sampling.plain:
+            return 0
+        return self._room.bytes(0 if graph else len(plan.input_ids), len(plan.rows))
+
+    def _size(self, plan: Plan) -> int:
+        """Sequences of the graph that computes it; 0: none does."""
+        return min((size for size in self._graphs if size >= len(plan.rows)), default=0) if plan.decode else 0
 
     @torch.inference_mode()
     def _run(self, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """Sampled token ids [R] and log-probabilities [R] or None, on the device."""
-        if plan.decode and (size := min((size for size in self._graphs if size >= len(plan.rows)), default=0)):
+        if size := self._size(plan):
             logits, tokens = self._graphs[size].replay(plan)
             if plan.sampling.plain:
                 return tokens, None

@@ -39,6 +39,10 @@ from backend.ranks.restarts import Restarts
 from backend.tally import reason_of
 
 DECODER = "backend.compute.decoder:Decoder"
+NO_ROOM = (
+    "the device has no memory left for this step of the request; ask for fewer samples (n) or less text (max_tokens), "
+    "or load the model with a smaller step_tokens or kv_cache_fraction"
+)
 IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
 TURN = 0.0005
@@ -256,6 +260,9 @@ class Engine:
         """Record a computed step and tell its readers."""
         logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
         told: dict[Stream, bool] = {}
+        for lost in sampled.lost:  # before what the step has not computed is offered to others as a known prefix
+            if completion := self._open.get(chunks[lost].seq.arrival):
+                self._end(completion.stream, ServingError(NO_ROOM))
         accepted = self._scheduler.commit(chunks, sampled.token_ids.tolist())
         self.tally.generation_tokens += len(accepted)
         for seq, token, row in accepted:

@@ -59,6 +59,13 @@ class Sampling:
         """Whether any row needs the counts of its earlier tokens."""
         return bool((self.repetition_penalty != 1).any() or self.frequency_penalty.any() or self.presence_penalty.any())
 
+    def without(self, row: int) -> Sampling:
+        """The same less one row."""
+        pairs = self.blocked[self.blocked[:, 0] != row]
+        pairs[:, 0] -= pairs[:, 0] > row
+        columns: dict[str, Any] = {each.name: np.delete(getattr(self, each.name), row) for each in fields(self)[:-2]}
+        return replace(self, blocked=pairs, **columns)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class History:
@@ -92,6 +99,24 @@ class Plan:
         """Whether every chunk is one token and samples: the shape that CUDA graphs are captured for."""
         return len(self.input_ids) == len(self.rows)
 
+    def without(self, chunk: int) -> Plan:
+        """The same step less one chunk."""
+        lengths = np.diff(self.query_starts)
+        tokens = slice(self.query_starts[chunk], self.query_starts[chunk + 1])
+        row, others = np.flatnonzero(self.rows == chunk), self.rows[self.rows != chunk]
+        return Plan(
+            input_ids=np.delete(self.input_ids, tokens),
+            positions=np.delete(self.positions, tokens),
+            kv_slots=np.delete(self.kv_slots, tokens),
+            query_starts=np.concatenate([[0], np.cumsum(np.delete(lengths, chunk))]).astype(np.int32),
+            kv_lengths=np.delete(self.kv_lengths, chunk),
+            block_tables=np.delete(self.block_tables, chunk, axis=0),
+            slots=np.delete(self.slots, chunk),
+            rows=others - (others > chunk),
+            sampling=self.sampling.without(int(row[0])) if row.size else self.sampling,
+            histories=tuple(history for history in self.histories if history.slot != self.slots[chunk]),
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
@@ -99,9 +124,11 @@ class Sampled:
 
     token_ids: Ints  # [R]
     logprobs: Floats | None  # [R], natural logarithm, before temperature and penalties; only if asked for
+    lost: tuple[int, ...] = ()
+    """Chunks that were not computed, for want of device memory: their keys, values and tokens are not there."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Sampled, (self.token_ids, self.logprobs)
+        return Sampled, (self.token_ids, self.logprobs, self.lost)
 
 
 _plan_fields = attrgetter(*(field.name for field in fields(Plan)))
