@@ -207,7 +207,7 @@ def _weighed(
     for tile in tl.range(first, last, num_stages=STAGES):
         columns = begin + tile * COLUMNS + tl.arange(0, COLUMNS)
         known = columns < length
-        k, v = context(base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
+        k, v = context(q, base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
         scores = scored(q, k, scaling, softcap, CAPPED, PRECISION)
         visible = known
         if WINDOWED:

@@ -19,7 +19,7 @@ from backend.compute.attention.decode import decode
 from backend.compute.attention.prefill import prefill
 from backend.compute.attention.split import split, splits
 from backend.compute.attention.step import Step
-from backend.compute.attention.tiles import dense, jit
+from backend.compute.attention.tiles import dense, jit, stored
 from backend.errors import LoadError
 
 WIDEST_HEAD = 256
@@ -74,7 +74,7 @@ def _write_kernel(
     inside = offsets < HEADS * DIM
     head, dim = offsets // DIM, offsets % DIM
     base = kv + slot * (2 * HEADS * DIM) + offsets
-    tl.store(base, tl.load(key + token * key_token + head * key_head + dim, mask=inside), mask=inside)
-    tl.store(
-        base + HEADS * DIM, tl.load(value + token * value_token + head * value_head + dim, mask=inside), mask=inside
-    )
+    k = tl.load(key + token * key_token + head * key_head + dim, mask=inside, other=0.0)
+    v = tl.load(value + token * value_token + head * value_head + dim, mask=inside, other=0.0)
+    tl.store(base, stored(k, kv), mask=inside)
+    tl.store(base + HEADS * DIM, stored(v, kv), mask=inside)

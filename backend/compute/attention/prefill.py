@@ -130,7 +130,7 @@ def _prefill_kernel(
         begin = tl.maximum(before - window + 1, 0) // COLUMNS * COLUMNS
     for at in tl.range(begin, tl.minimum(length, before + TOKENS), COLUMNS, num_stages=STAGES):
         columns = at + tl.arange(0, COLUMNS)
-        k, v = context(base, table, columns, columns < length, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
+        k, v = context(q, base, table, columns, columns < length, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
         scores = scored(q, k, scaling, softcap, CAPPED, PRECISION)
         if WINDOWED:
             seen = (columns[None, :] <= position[:, None]) & (columns[None, :] > position[:, None] - window)

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
+from backend.compute.cache import rounded, write
 
 GATHERED = 1 << 12
 """Tokens of context gathered at once for decode rows: enough to batch, few enough to stay in the processor's cache."""
@@ -35,9 +36,8 @@ class Part:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
     """[heads, tokens, dim] and twice [kv heads, tokens, dim] -> [tokens, heads, dim]."""
-    kv = step.cache.tokens(layer)  # [slots, 2, kv heads, dim]
-    kv[:, 0].index_copy_(0, step.kv_slots, key.transpose(0, 1))
-    kv[:, 1].index_copy_(0, step.kv_slots, value.transpose(0, 1))
+    key, value = rounded(key, step.cache.dtype), rounded(value, step.cache.dtype)
+    write(step.cache.tokens(layer), step.kv_slots, key.transpose(0, 1), value.transpose(0, 1))
     return _read(query, (key, value), layer, step, rule)
 
 
@@ -60,7 +60,7 @@ def _decode(part: Part, query: Tensor, layer: int, step: Step, rule: Rule) -> Te
     """[heads, S, dim] -> [S, heads, dim]; the heads that share a kv head are rows of one product."""
     heads, count, dim = query.shape
     assert part.context is not None
-    keys, values = step.cache.gather(layer, part.context, count)  # [S, kv heads, L, dim]
+    keys, values = _gathered(layer, part.context, count, step, query)  # [S, kv heads, L, dim]
     grouped = query.transpose(0, 1).reshape(count, keys.shape[1], -1, dim)
     sinks = rule.sinks if rule.sinks is None else rule.sinks.view(1, keys.shape[1], -1, 1)
     return _weigh(grouped, keys, values, part, rule, sinks).reshape(count, heads, dim)
@@ -70,15 +70,21 @@ def _chunk(part: Part, query: Tensor, new: tuple[Tensor, Tensor] | None, layer: 
     """[heads, rows, dim] -> [rows, heads, dim]; kv heads are the batch, each expanded over its group without a copy."""
     heads, count, dim = query.shape
     if part.context is None and new is not None:
-        keys, values = (each[:, part.rows] for each in new)
+        keys, values = (each[:, part.rows].to(query.dtype) for each in new)
     else:
         context = step.kv_slots[part.rows] if part.context is None else part.context
-        keys, values = (gathered[0] for gathered in step.cache.gather(layer, context, 1))
+        keys, values = (gathered[0] for gathered in _gathered(layer, context, 1, step, query))
     group = heads // keys.shape[0]
     grouped = query.reshape(keys.shape[0], group, count, dim)
     sinks = rule.sinks if rule.sinks is None else rule.sinks.view(-1, group, 1, 1)
     keys, values = (x[:, None].expand(-1, group, -1, -1) for x in (keys, values))
     return _weigh(grouped, keys, values, part, rule, sinks).reshape(heads, count, dim).transpose(0, 1)
+
+
+def _gathered(layer: int, context: Tensor, sequences: int, step: Step, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the context in the queries' dtype, each [sequences, kv heads, L, dim]."""
+    keys, values = step.cache.gather(layer, context, sequences)
+    return keys.to(query.dtype), values.to(query.dtype)
 
 
 def _weigh(query: Tensor, key: Tensor, value: Tensor, part: Part, rule: Rule, sinks: Tensor | None) -> Tensor:

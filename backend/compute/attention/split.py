@@ -131,8 +131,8 @@ def _split_kernel(
             block = tl.load(table + columns // BLOCK_SIZE, mask=known, other=0)
         where = (block.to(tl.int64) * kv_block + (columns % BLOCK_SIZE) * kv_slot)[:, None] + dims[None, :]
         mask = known[:, None] & (dims < DIM)[None, :]
-        k = tl.load(base + where, mask=mask, other=0.0)
-        v = tl.load(base + kv_value + where, mask=mask, other=0.0)
+        k = tl.load(base + where, mask=mask, other=0.0).to(q.dtype)
+        v = tl.load(base + kv_value + where, mask=mask, other=0.0).to(q.dtype)
         scores = scored(q, k, scaling, softcap, CAPPED, PRECISION)
         visible = known
         if WINDOWED:
@@ -145,7 +145,7 @@ def _split_kernel(
         for tile in tl.range(split + splits, tiles, splits, num_stages=STAGES):
             columns = begin + tile * COLUMNS + tl.arange(0, COLUMNS)
             known = columns < length
-            k, v = context(base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
+            k, v = context(q, base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
             # Only the first tile of a row, a split's first, may reach beyond its window.
             scores = tl.where(known[None, :], scored(q, k, scaling, softcap, CAPPED, PRECISION), HIDDEN)
             top, total, sums = absorbed(scores, scale, v, top, total, sums, PRECISION)

@@ -32,6 +32,14 @@ def jit(function: Callable[..., Any]) -> Any:
     )
 
 
+@triton.jit
+def stored(values, kv):
+    """The values as the cache keeps them; beyond the range of float8 its largest value."""
+    if kv.dtype.element_ty == tl.float8e4nv:
+        values = tl.clamp(values.to(tl.float32), -448.0, 448.0)
+    return values.to(kv.dtype.element_ty)
+
+
 def dense(tensor: Tensor) -> Tensor:
     """The same values with the head's dimension contiguous, as models nearly always have it."""
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
@@ -57,10 +65,10 @@ def precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def context(
-    base, table, columns, known, kv_block, kv_slot, kv_value,
+    q, base, table, columns, known, kv_block, kv_slot, kv_value,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [columns, dim] of one kv head; zeros where a column is not known."""
+    """Keys and values [columns, dim] of one kv head in the queries' type; zeros where a column is not known."""
     dims = tl.arange(0, PADDED)
     block = tl.load(table + columns // BLOCK_SIZE, mask=known, other=0)
     where = (block.to(tl.int64) * kv_block + (columns % BLOCK_SIZE) * kv_slot)[:, None] + dims[None, :]
@@ -69,7 +77,7 @@ def context(
         mask = mask & (dims < DIM)[None, :]
     k = tl.load(base + where, mask=mask, other=0.0)
     v = tl.load(base + kv_value + where, mask=mask, other=0.0)
-    return k, v
+    return k.to(q.dtype), v.to(q.dtype)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from backend.compute.cache import rounded, write
 from backend.compute.dense.base import Norm, known
 
 SMALL = 16
@@ -48,9 +49,7 @@ def roped(
     q, k = q.float(), k.float()
     if norms is not None:
         q, k = _scaled(q, eps) * norms[0].float(), _scaled(k, eps) * norms[1].float()
-    tokens = kv.view(-1, 2, kv_heads, dim)
-    tokens[:, 0].index_copy_(0, slots, _rotated(k, cos, sin).to(kv.dtype))
-    tokens[:, 1].index_copy_(0, slots, v.to(kv.dtype))
+    write(kv.view(-1, 2, kv_heads, dim), slots, rounded(_rotated(k, cos, sin), kv.dtype), rounded(v, kv.dtype))
     return _rotated(q, cos, sin).to(qkv.dtype)
 
 

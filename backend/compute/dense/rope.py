@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backend.compute.attention.tiles import stored
+
 HEADS_PER_PROGRAM = 4
 """Elements for one warp: four heads of 128 are 16 a thread."""
 
@@ -71,7 +73,7 @@ def _rope_kernel(
     # A slot holds its keys' heads, then its values': the order in which they follow the queries here.
     slot = kv + tl.load(slots + token) * (2 * KV_HEADS * DIM) + (head - HEADS) * DIM + dim
     cached = tl.where(head < HEADS + KV_HEADS, turned, plain.to(tl.float32))
-    tl.store(slot, cached.to(kv.dtype.element_ty), mask=inside & (head >= HEADS))
+    tl.store(slot, stored(cached, kv), mask=inside & (head >= HEADS))
 
 
 @triton.jit

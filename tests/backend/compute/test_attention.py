@@ -16,7 +16,7 @@ from backend.compute.attention import masks
 from backend.compute.attention.base import kernel
 from backend.compute.attention.paged import paged, register
 from backend.compute.attention.step import Step
-from backend.compute.cache import KVCache, LayerSpec, probe
+from backend.compute.cache import FP8, KVCache, LayerSpec, probe
 from backend.compute.decoder import decode
 from backend.compute.graphs import Inputs
 from backend.errors import LoadError
@@ -261,12 +261,13 @@ def test_padding_rows_of_a_static_step_are_harmless() -> None:
     torch.testing.assert_close(cache.layers[0][:6], after[:6])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=str)
 @pytest.mark.parametrize("window", [0, 3])
-def test_reading_alone_equals_attending(window: int) -> None:
+def test_reading_alone_equals_attending(window: int, dtype: torch.dtype) -> None:
     """A whole prompt, a continued one and a single token, whose keys and values are in the cache already."""
     torch.manual_seed(0)
-    cache = KVCache([LayerSpec(2, 8)], 8, BLOCK, torch.float32, "cpu")
-    cache.layers[0].fill_(torch.nan)
+    cache = KVCache([LayerSpec(2, 8)], 8, BLOCK, dtype, "cpu")
+    cache.layers[0].copy_(torch.full(cache.layers[0].shape, torch.nan))
     query, key, value = torch.randn(4, 14, 8), torch.randn(2, 14, 8), torch.randn(2, 14, 8)
     from backend.compute.attention.base import Rule
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from backend.compute.attention.base import Rule
 from backend.compute.attention.paged import register
-from backend.compute.cache import KVCache, LayerSpec, Recorder, bytes_per_block, probe
+from backend.compute.cache import FP8, KVCache, LayerSpec, Recorder, bytes_per_block, probe, rounded, write
 from backend.errors import LoadError
 
 torch.set_num_threads(1)
@@ -104,3 +104,14 @@ def test_recorder() -> None:
         recorder.attend(4, query, key, key, Rule(1.0))
     with pytest.raises(LoadError, match="5 heads on 3"):
         recorder.attend(5, query[:5], key, key, Rule(1.0))
+
+
+def test_a_cache_of_float8_saturates_and_gives_what_it_keeps() -> None:
+    cache = KVCache(SPECS[:1], 3, 4, FP8, "cpu")
+    heads, dim = SPECS[0].kv_heads, SPECS[0].head_dim
+    key, value = torch.randn(2, heads, dim) * 3, torch.tensor([1e9, -1e9])[:, None, None].expand(2, heads, dim)
+    write(cache.tokens(0), torch.tensor([5, 2]), rounded(key, FP8), rounded(value, FP8))
+    keys, values = cache.gather(0, torch.tensor([5, 2]), 1)
+    assert (keys[0].float().transpose(0, 1) - key).abs().max() < key.abs().max() / 16
+    assert torch.equal(values[0].float().transpose(0, 1), value.clamp(-448, 448))
+    assert cache.nbytes == 4 * bytes_per_block(SPECS[:1], 4, FP8) == 2 * bytes_per_block(SPECS[:1], 4, torch.float16)
