@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from math import isnan
 from typing import Any
 
 import torch
@@ -133,10 +134,11 @@ def _free_rows(given: Any, rows: int) -> None:
 
 
 def distance(found: Any, usual: Any) -> float:
-    """The largest difference between two answers' tensors, relative to the largest value."""
+    """The largest difference between two answers' tensors, relative to the largest value; NaN where any is."""
     pairs = zip(tree_flatten(found)[0], tree_flatten(usual)[0], strict=True)
     tensors = [(a.float(), b.float()) for a, b in pairs if isinstance(b, Tensor)]
-    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in tensors)
+    found = [float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in tensors]
+    return float("nan") if any(map(isnan, found)) else max(found)
 
 
 def dismiss_compilers() -> None:

@@ -22,11 +22,13 @@ from backend.compute.images.graphs import ForwardGraphs, keep_steps_on_host
 from backend.compute.images.guidance import shared_guidance
 from backend.compute.images.pipeline import denoiser_of, dtype_of, inpainting, load, place, text_encoders
 from backend.compute.images.prompts import embedded, split_text_encoders, stacked
+from backend.compute.images.witness import Witness, watching
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.ranks.rank import Birth
+from backend.tasks.text import Ready
 
 Batch = dict[str, Any]
 """prompts, negative_prompts (or None), seeds, images and masks (or None), settings: what the task's `batch` makes."""
@@ -53,7 +55,21 @@ class Diffusion:
         )
         place(self._pipeline, self._device)
         self._inpainting = inpainting(self._pipeline)
-        self._compiled = self._quicken(birth.config) if self._device.type == "cuda" else []
+        self._compiled: list[Compiled] = []
+        self._witnesses: list[Witness] = []
+        if self._device.type == "cuda" and (birth.config.compile or birth.config.cuda_graphs):
+            self._witnesses = self._seen_plain()
+            self._compiled = self._quicken(birth.config)
+
+    def _seen_plain(self) -> list[Witness]:
+        """What the models that are about to be replaced answer as they are."""
+        models = {"denoiser": denoiser_of(self._pipeline), "decoder": self._pipeline.vae.decoder}
+        if not self._split:
+            models |= text_encoders(self._pipeline)
+        found = [Witness(model, name) for name, model in models.items()]
+        with watching(found):
+            self._try(self._world)
+        return found
 
     def _quicken(self, config: EngineConfig) -> list[Compiled]:
         """What takes time on a GPU: launches, and elementwise kernels that a compiler fuses."""
@@ -66,18 +82,39 @@ class Diffusion:
             keep_steps_on_host(self._pipeline.scheduler)
         return found
 
-    def warm_up(self) -> None:
-        """Two steps of one image, of one on each rank, and of two where models are compiled for one and for more."""
+    def warm_up(self) -> Ready:
+        """Two steps of one image, of one on each rank, and of two where models are compiled for one and for more.
+
+        Then the output proof of what was put in the models' place.
+        """
         for count in sorted({1, self._world, *([2 * self._world] if self._compiled else [])}):
-            answer = self.forward(example(count, "Inpaint" in type(self._pipeline).__name__))
-            found = answer() if callable(answer) else answer
-            if error := next((each for each in found if isinstance(each, ServingError)), None):
-                raise LoadError(f"the pipeline cannot draw: {error}")
+            self._try(count)
             self._progress(f"warm-up: {count} images")
         for each in self._compiled:
             each.settle()
         if self._compiled:
             dismiss_compilers()
+        return Ready(self._prove())
+
+    def _try(self, count: int) -> None:
+        answer = self.forward(example(count, "Inpaint" in type(self._pipeline).__name__))
+        found = answer() if callable(answer) else answer
+        if error := next((each for each in found if isinstance(each, ServingError)), None):
+            raise LoadError(f"the pipeline cannot draw: {error}")
+
+    @torch.inference_mode()
+    def _prove(self) -> float:
+        """How far the models' answers are from the plain ones, of one step; LoadError where too far."""
+        found = 0.0
+        for witness in self._witnesses:
+            forward = witness.model.forward
+            graphs = forward if isinstance(forward, ForwardGraphs) else None
+            ways = {"compile": graphs.without if graphs else witness.model}
+            found = max(found, witness.confirm(ways | ({"cuda_graphs": witness.model} if graphs else {})))
+        if self._witnesses:
+            self._progress(f"output proof: within {found:.2g} of the largest value of the plain models'")
+        self._witnesses = []
+        return found
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Answer | Callable[[], Answer]:
