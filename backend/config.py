@@ -11,6 +11,7 @@ from backend.errors import LoadError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+KV_DTYPES = ("auto", "fp8")
 
 _IGNORED = {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRITON_BATCH_STRATEGY_PATH"}
 """Parameters of config.pbtxt that Triton itself reads."""
@@ -27,7 +28,9 @@ class EngineConfig:
     tensor_parallel: int = 1
     """Ranks; on CUDA one per GPU."""
     dtype: str = "auto"
-    """Weights and KV cache; auto is the checkpoint's own on CUDA, float32 on CPU."""
+    """Weights, activations and KV cache; auto is the checkpoint's own on CUDA, float32 on CPU."""
+    kv_cache_dtype: str = "auto"
+    """fp8: keys and values are kept in 8 bits (float8_e4m3fn): twice as many tokens; auto: in dtype."""
     device: str = "auto"
     max_model_len: int = 0
     """Longest prompt plus completion, tokens; 0: the model's own limit, or what the KV cache holds."""
@@ -93,6 +96,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _check(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         _check(self.device in DEVICES, f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
+        kinds = ", ".join(KV_DTYPES)
+        _check(self.kv_cache_dtype in KV_DTYPES, f"kv_cache_dtype must be one of {kinds}, not {self.kv_cache_dtype!r}")
         _check(0 <= self.kv_cache_fraction < 1, "kv_cache_fraction must be at least 0 and below 1")
         for name in _POSITIVE:
             _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")

@@ -94,6 +94,15 @@ class KVCache:
         return keys, values
 
 
+def kept_as(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type of a cache beside weights of `dtype`, by its name in the configuration."""
+    if name != "fp8":
+        return dtype
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise LoadError("kv_cache_dtype fp8 needs a GPU of compute capability 8.9 or more")
+    return FP8
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On CPU out of pages that take memory only once they are written: torch.zeros would write them all."""
     if device.type != "cpu":

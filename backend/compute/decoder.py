@@ -16,7 +16,7 @@ from backend.compute import blocks, norms, rope_table
 from backend.compute.attention import reference
 from backend.compute.attention.families import length_limit
 from backend.compute.attention.step import Step
-from backend.compute.cache import KVCache, bytes_per_block, probe
+from backend.compute.cache import KVCache, bytes_per_block, kept_as, probe
 from backend.compute.dense.base import ops
 from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
@@ -42,6 +42,7 @@ class Decoder:
         self._checkpoint = Checkpoint.open(resolve(birth.config.model, None))
         self._dtype = dtype_of(birth.config, self._checkpoint)
         self._device = join(birth, progress)
+        self._kept = kept_as(birth.config.kv_cache_dtype, self._dtype, self._device)
         self._room = Room(self._device, birth.world)
         self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
         if self._device.type == "cuda":
@@ -78,7 +79,7 @@ class Decoder:
             free = torch.cuda.mem_get_info()[0]
         else:
             free = free_host_memory() // self._world
-        blocks = int(free * config.kv_cache_fraction) // bytes_per_block(self._specs, size, self._dtype)
+        blocks = int(free * config.kv_cache_fraction) // bytes_per_block(self._specs, size, self._kept)
         return Capacity(blocks, longest, self._checkpoint.vocab_size)
 
     def _longest(self) -> int:
@@ -89,7 +90,7 @@ class Decoder:
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
         """Make the KV cache, for sequences up to `max_model_len` tokens."""
         self._max_model_len = max_model_len
-        self._cache = KVCache(self._specs, num_blocks, self._config.block_size, self._dtype, self._device)
+        self._cache = KVCache(self._specs, num_blocks, self._config.block_size, self._kept, self._device)
         if self._fused:
             rope_table.install(self._model, max_model_len, self._dtype, self._device)
 

@@ -178,6 +178,24 @@ def test_fused_layers_of_two_ranks_give_the_tokens_of_generate(name: str, folder
     assert_equal(lambda plan: fused_pair.call("step", plan)[0], config, given, reference(folders(name), given))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_cache_of_float8_changes_little_and_alike_in_any_schedule(name: str, folders: Any) -> None:
+    """A key that falls between two of its values may be rounded to either: hence a tolerance for schedules too."""
+    given, rank = prompts(40, 8), local()
+    found: dict[str, list[list[list[float]]]] = {}
+    for kept in ("auto", "fp8"):
+        config = settings(folders(name), kv_cache_dtype=kept)
+        capacity = rank.open(config, NUM_BLOCKS)
+        many = [play(rank.step, [sequence(ids, GREEDY) for ids in given], config, NUM_BLOCKS, 1)[1]]
+        alone = [play(rank.step, [sequence(ids, GREEDY)], config, NUM_BLOCKS)[1][0] for ids in given]
+        found[kept] = [*many, alone, [[capacity.num_blocks]]]
+    (plain, _, [[few]]), (together, alone, [[blocks]]) = found["auto"], found["fp8"]
+    assert blocks == pytest.approx(4 * few, rel=0.2)  # float32 here; memory is measured anew
+    firsts = [[values[0] for values in each] for each in (plain, together, alone)]
+    assert firsts[1] == pytest.approx(firsts[2], abs=0.02)
+    assert firsts[1] == pytest.approx(firsts[0], abs=0.3) and firsts[1] != pytest.approx(firsts[0], abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_scaled_rope_as_far_as_neighbours_cannot_change_it(name: str, tmp_path: Path) -> None:
     family, rope, longest = ROPES[name]
