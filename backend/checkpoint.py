@@ -15,6 +15,7 @@ from backend.devices import free_gpu_memory as _gpu_memory
 from backend.devices import free_host_memory as _host_memory
 from backend.errors import LoadError
 from backend.families import refusal
+from backend.json_file import values_of
 from backend.model_folder import Checkpoint, resolve, root
 
 __all__ = [
@@ -133,6 +134,7 @@ class _Geometry:
     head_dim: int
 
     @classmethod
+    @values_of("config.json")
     def of(cls, checkpoint: Checkpoint) -> _Geometry:
         config = checkpoint.text_config
         heads = _number(config, "num_attention_heads", "n_head", "num_heads")
@@ -140,6 +142,7 @@ class _Geometry:
         queries, keys = (_rows(checkpoint, f"{part}_proj.weight") for part in "qk")
         hidden = _number(config, "hidden_size", "n_embd", "d_model")
         head_dim = queries // heads if queries else int(config.get("head_dim") or hidden // heads)
+        _check(head_dim > 0, "config.json gives its attention heads no width (head_dim, or hidden_size)")
         kv_heads = keys // head_dim if keys else int(config.get("num_key_value_heads") or heads)
         return cls(layers, heads, kv_heads, head_dim)
 
@@ -153,7 +156,8 @@ def _number(config: dict[str, Any], *names: str) -> int:
 
 def _rows(checkpoint: Checkpoint, ending: str) -> int:
     """Output rows of the first projection whose name ends so; 0 if there is none."""
-    return next((tensor.shape[0] for name, tensor in checkpoint.tensors.items() if name.endswith(ending)), 0)
+    shapes = (tensor.shape for name, tensor in checkpoint.tensors.items() if name.endswith(ending))
+    return next((shape[0] for shape in shapes if shape), 0)
 
 
 def share_heads(checkpoint: Checkpoint, ranks: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backend.errors import LoadError
-from backend.json_file import optional
+from backend.json_file import optional, values_of
 from backend.model_folder import Checkpoint
 
 SHARDABLE_ENCODERS = frozenset("bert roberta xlm-roberta distilbert electra deberta-v2 camembert".split())  # noqa: SIM905
@@ -18,6 +18,7 @@ _OFFSET = frozenset("roberta xlm-roberta xlm-roberta-xl camembert mpnet data2vec
 """Families whose positions begin behind the padding token's number."""
 
 
+@values_of("config.json")
 def check_task(checkpoint: Checkpoint, tensor_parallel: int) -> None:
     """LoadError unless this model can be split so, with the right result."""
     family = checkpoint.model_type
@@ -33,6 +34,7 @@ def check_task(checkpoint: Checkpoint, tensor_parallel: int) -> None:
         raise LoadError(f"{family} has {heads} attention heads, which {tensor_parallel} ranks cannot share evenly")
 
 
+@values_of("config.json")
 def longest(checkpoint: Checkpoint, asked: int) -> int:
     """Tokens of the longest sequence: the model's positions, the tokenizer's limit, or fewer where asked.
 

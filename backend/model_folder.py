@@ -113,7 +113,7 @@ class Checkpoint:
     @property
     @values_of("config.json")
     def architectures(self) -> list[str]:
-        return list(self.config.get("architectures") or [])
+        return list(map(str, self.config.get("architectures") or []))
 
     @property
     def files(self) -> list[Path]:

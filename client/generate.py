@@ -16,7 +16,7 @@ from client.errors import InvalidInput, ServerError
 from client.limits import Limits
 from client.pipeline import Answer, AsyncPipeline, Call, Pipeline
 from client.sampling import Sampling, encode_options
-from client.tensors import Tensors, decode, strings, text
+from client.tensors import Tensors, decode, readable, strings, text
 
 Message = Mapping[str, Any]
 """One turn of a chat: {"role": ..., "content": ...}."""
@@ -227,6 +227,7 @@ def check_complete(question: Tensors, ends: int) -> None:
         raise ServerError(f"the stream ended before its text: {ends} of {samples} completions; {ServerError.advice}")
 
 
+@readable()
 def rows(tensors: Mapping[str, NDArray[Any]]) -> list[Generated]:
     """A response's rows, one a sequence; every tensor is [rows, 1]."""
     columns = {name: array.reshape(-1).tolist() for name, array in tensors.items() if name in _COLUMNS}

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from client.aio import AsyncTransport
 from client.errors import InvalidInput
 from client.limits import Limits
-from client.tensors import Tensors, decode, encode
+from client.tensors import Tensors, decode, encode, readable
 from client.transport import Request, Responses, Transport
 
 Answer = list[dict[str, Any]]
@@ -33,6 +33,11 @@ class Call(Generic[Result]):
 
     questions: list[Tensors]
     result: Callable[[list[Answer]], Result]
+
+    def read(self, answers: list[Answer]) -> Result:
+        """The result; ServerError where answers are none that this task gives."""
+        with readable():
+            return self.result(answers)
 
 
 class _Base:
@@ -63,7 +68,7 @@ class Pipeline(_Base):
     def ask(self, call: Call[Result], timeout: float | None = None) -> Result:
         """Send, and wait for all answers; `timeout` seconds hold for each request. Raises `client.Error`."""
         limits = self._limits(timeout)
-        return call.result(self._ask_all([self._request(question) for question in call.questions], limits))
+        return call.read(self._ask_all([self._request(question) for question in call.questions], limits))
 
     def close(self) -> None:
         """Close the connections."""
@@ -134,7 +139,7 @@ class AsyncPipeline(_Base):
     async def ask(self, call: Call[Result], timeout: float | None = None) -> Result:
         """Send, and wait for all answers; `timeout` seconds hold for each request. Raises `client.Error`."""
         limits = self._limits(timeout)
-        return call.result(await self._ask_all([self._request(question) for question in call.questions], limits))
+        return call.read(await self._ask_all([self._request(question) for question in call.questions], limits))
 
     async def close(self) -> None:
         """Close the connections."""

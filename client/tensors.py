@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,17 @@ def decode(response: Response) -> dict[str, NDArray[Any]]:
     if len(response.raw_output_contents) != len(response.outputs):
         raise ServerError("the server's answer holds no raw tensors; is it a Triton server?")
     pairs = zip(response.outputs, response.raw_output_contents, strict=True)
-    try:
+    with readable():
         return {output.name: _array(output, raw).reshape(tuple(output.shape)) for output, raw in pairs}
-    except (ValueError, struct.error) as error:
-        raise ServerError(f"the server's answer cannot be read: {error}") from None
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """ServerError where an answer is none that such a model gives; also as a decorator."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, OverflowError, OSError, SyntaxError, struct.error) as error:
+        raise ServerError(f"the server's answer cannot be read: {' '.join(str(error).split()):.200}") from None
 
 
 def text(value: str, name: str) -> bytes:

@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 
 from backend.errors import LoadError
+from backend.json_file import values_of
 from backend.model_folder import Checkpoint
 from backend.tasks.task import Array
+
+MOST = 1 << 20
+"""Labels: a list of them is made before any weight is read."""
 
 
 def check_head(checkpoint: Checkpoint, head: str) -> None:
@@ -23,12 +27,20 @@ def labels_of(checkpoint: Checkpoint) -> list[str]:
     config = checkpoint.config
     named = config.get("id2label")
     if named is None:
-        return [f"LABEL_{number}" for number in range(int(config.get("num_labels") or 2))]
+        return [f"LABEL_{number}" for number in range(_count(config))]
     try:
         by_number = {int(number): str(name) for number, name in named.items()}
         return [by_number[number] for number in range(len(by_number))]
-    except (AttributeError, ValueError, KeyError):
+    except (AttributeError, ValueError, KeyError, OverflowError):
         raise LoadError(f"id2label of {checkpoint.folder / 'config.json'} does not name the labels 0, 1, ...") from None
+
+
+@values_of("config.json")
+def _count(config: dict[str, Any]) -> int:
+    count = int(config.get("num_labels") or 2)
+    if not 1 <= count <= MOST:
+        raise LoadError(f"config.json: num_labels must be from 1 to {MOST}")
+    return count
 
 
 def scoring(config: dict[str, Any], labels: int) -> str:

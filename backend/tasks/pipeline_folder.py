@@ -5,13 +5,14 @@ It knows neither torch nor diffusers.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 from backend.errors import LoadError
-from backend.json_file import required
+from backend.json_file import required, values_of
 from backend.model_folder import PICKLED
 
 PIPELINES = {
@@ -54,19 +55,26 @@ class PipelineFolder:
         index = required(folder / "model_index.json", KIND)
         kind = index.get("_class_name")
         if not isinstance(kind, str) or kind not in PIPELINES:
-            raise LoadError(f"{folder} holds a {kind!r}; served are {', '.join(PIPELINES)}")
+            raise LoadError(f"{folder} holds a {kind!r:.80}; served are {', '.join(PIPELINES)}")
         for name, part in index.items():
             if isinstance(part, list) and not name.startswith("_"):
                 _check_part(folder, name, part)
-        denoiser, vae = (
-            required(folder / PIPELINES[kind] / "config.json", KIND),
-            required(folder / "vae" / "config.json", KIND),
-        )
+        found = cls._of(folder, kind)
+        for what in ("multiple", "side", "steps"):
+            if not 1 <= getattr(found, what) < 1 << 31:
+                raise LoadError(f"{folder} makes no images: its configurations give a {what} of {getattr(found, what)}")
+        return found
+
+    @classmethod
+    @values_of("one of the pipeline's configurations")
+    def _of(cls, folder: Path, kind: str) -> PipelineFolder:
+        denoiser = required(folder / PIPELINES[kind] / "config.json", KIND)
+        vae = required(folder / "vae" / "config.json", KIND)
         scale = 2 ** (len(vae.get("block_out_channels") or [0] * 4) - 1)
         side = denoiser.get("sample_size") or 64
         steps = required(folder / "scheduler" / "scheduler_config.json", KIND).get("num_train_timesteps", 1000)
         multiple = lcm(STRIDE, scale * (denoiser.get("patch_size") or 1))
-        return cls(kind, multiple, scale * (side if isinstance(side, int) else max(side)), steps)
+        return cls(kind, multiple, scale * int(side if isinstance(side, int) else max(side)), int(steps))
 
     @property
     def inpaints(self) -> bool:
@@ -80,12 +88,14 @@ class PipelineFolder:
 
 
 def _check_part(folder: Path, name: str, part: list[Any]) -> None:
-    library = part[0]
+    library = part[0] if part else ""
     if library is None:  # left out on purpose
         return
     if library not in LIBRARIES:
-        raise LoadError(f"{name} of {folder} comes from {library!r}: code that a checkpoint brings is not run")
-    if not (folder / name).is_dir():
+        raise LoadError(
+            f"{name!r:.80} of {folder} comes from {library!r:.80}: code that a checkpoint brings is not run"
+        )
+    if not os.path.isdir(folder / name):  # false, not an error, for a name that no file can have
         raise LoadError(f"{folder / name} is missing: the download is not complete")
     pickled = [file.name for file in (folder / name).iterdir() if file.suffix in PICKLED]
     if pickled and not any((folder / name).glob("*.safetensors")):

@@ -53,7 +53,7 @@ class ZeroShotImage:
         if checkpoint.model_type not in FAMILIES:
             raise LoadError(f"{checkpoint.model_type} cannot be served for zero_shot_image: only {', '.join(FAMILIES)}")
         self.tokenizer = Tokenizer.from_folder(folder)
-        self.longest = int(checkpoint.text_config.get("max_position_embeddings", 77))
+        self.longest = checkpoint.max_model_len or 77
         self.padding = self.tokenizer.token_id(self.tokenizer.special_tokens.get("pad_token", "")) or 0
 
     def parse(self, row: Row) -> Item:
