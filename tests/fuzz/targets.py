@@ -106,7 +106,7 @@ def tasks(name: str, folder: Path) -> Target:
     """Rows of a task, parsed and prepared."""
     config = EngineConfig(model=str(folder), device="cpu", max_prompt_bytes=200, max_pixels=1 << 12, step_tokens=64)
     if not any(folder.iterdir()):
-        _write(name, folder)
+        write(name, folder)
     task = find(name)(folder, config)
     image = "image" in name
     if image:
@@ -127,7 +127,8 @@ def tasks(name: str, folder: Path) -> Target:
     return target
 
 
-def _write(name: str, folder: Path) -> Path:
+def write(name: str, folder: Path) -> Path:
+    """A tiny model for a task."""
     if name == "text_to_image":
         import tiny_diffusion
 

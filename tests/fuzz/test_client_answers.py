@@ -19,7 +19,7 @@ OUTPUT = st.tuples(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(OUTPUT, max_size=3), st.booleans())
 def test_any_response_is_decoded_or_an_error_of_ours(outputs, lost):
     response = Response()
@@ -35,7 +35,7 @@ def test_any_response_is_decoded_or_an_error_of_ours(outputs, lost):
     assert found.keys() == {name for name, *_ in outputs}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=5), st.lists(st.floats(width=32), min_size=1))
 def test_what_is_encoded_is_decoded(files, numbers):
     sent = encode("m", {"image": np.array([files], object), "score": np.array([numbers], np.float32)})

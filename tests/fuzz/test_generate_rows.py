@@ -52,7 +52,7 @@ def engine(tmp_path_factory):
 def test_any_rows_are_a_request_or_invalid_input(engine):
     served = []
 
-    @settings(max_examples=800, deadline=None)
+    @settings(max_examples=400, deadline=None)
     @given(st.lists(ROW, max_size=3), JSON)
     def holds(rows, parameters):
         try:

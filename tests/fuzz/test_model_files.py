@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 
 import tiny_encoders
 
-MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LEAF = st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=8))
 JSON = st.recursive(
     LEAF,
@@ -35,7 +35,7 @@ STRINGS = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.dictionaries(st.sampled_from([*NAMES, "bogus"]), STRINGS, max_size=3))
 def test_any_parameters_are_a_configuration_or_a_load_error(parameters):
     with suppress(LoadError):

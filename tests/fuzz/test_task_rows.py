@@ -1,7 +1,6 @@
 """Any row that Triton lets through is an item or InvalidInput, for every task; so are an answer's torn images."""
 
 import io
-import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,24 +15,11 @@ from backend.errors import InvalidInput, ServingError
 from backend.tasks import find
 from backend.tasks.pictures import read
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
+sys.path.insert(0, str(Path(__file__).parent))
 
-import tiny_diffusion
-import tiny_encoders
-from tiny_clip import write_clip
+from targets import INPUT, ROOT, TASKS, fair, write
 
-ROOT = Path(__file__).parents[2]
-AUTO = {
-    "embed": ("AutoModel", {}),
-    "classify": (tiny_encoders.SEQUENCE, {"num_labels": 3}),
-    "rerank": (tiny_encoders.SEQUENCE, {"num_labels": 1}),
-    "token_classification": ("AutoModelForTokenClassification", {}),
-    "fill_mask": ("AutoModelForMaskedLM", {}),
-    "qa": ("AutoModelForQuestionAnswering", {}),
-}
-TASKS = [*AUTO, "zero_shot_image", "text_to_image"]
-INPUT = re.compile(r'name: "(\w+)" data_type: TYPE_(\w+) dims: \[ (-?1) \]')
-SHORT = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHORT = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def encoded(kind, mode="RGB", side=16):
@@ -98,25 +84,11 @@ def made(tmp_path_factory):
 
     def task(name):
         if name not in tasks:
-            folder = _folder(name, tmp_path_factory.mktemp(name))
+            folder = write(name, tmp_path_factory.mktemp(name))
             tasks[name] = find(name)(folder, EngineConfig(model=str(folder), device="cpu", max_prompt_bytes=200))
         return tasks[name]
 
     return task
-
-
-def _folder(name, place):
-    if name == "text_to_image":
-        return tiny_diffusion.save("sd", place)
-    if name == "zero_shot_image":
-        return write_clip(place)
-    auto, config = AUTO[name]
-    return tiny_encoders.write(place, "bert", auto, **config)
-
-
-def fair(message):
-    """One line, and not the input again."""
-    assert "\n" not in message and len(message) < 1000
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
@@ -141,7 +113,7 @@ def test_any_row_is_an_item_or_invalid_input(made, name):
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(torn(), st.sampled_from(["RGB", "L"]))
 def test_any_file_is_an_image_or_invalid_input(data, mode):
     try:
