@@ -15,6 +15,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from backend import parent
+from backend.blame import tell
 from backend.errors import InvalidInput, ServingError, serving
 from backend.metrics import COUNTER, GAUGE
 from backend.spans import VARIABLE
@@ -70,11 +71,15 @@ def parameters(request: Any) -> dict[str, Any]:
 
 
 class Asked:
-    """One request and the way back to its caller; whoever has it ends it exactly once: `answer`, `end` or `fail`."""
+    """One request and the way back to its caller; whoever has it ends it exactly once: `answer`, `end` or `fail`.
+
+    With its end it lets go of Triton's objects: Triton unloads no model while a way back is open, and one whose last
+    response could not be sent stays open until its sender is destroyed.
+    """
 
     def __init__(self, request: Any) -> None:
         self._request: Any = request
-        self._sender = request.get_response_sender()
+        self._sender: Any = request.get_response_sender()
         self.request_id: str = request.request_id()
         """The caller's own name for it, or once `parameters` are read its header x-request-id."""
         self.trace = _trace(request) if VARIABLE in os.environ else ""
@@ -92,7 +97,7 @@ class Asked:
         return found
 
     def cancelled(self) -> bool:
-        """Whether the caller has gone; costs about 100 µs."""
+        """Whether the caller has gone; costs about 100 µs. Not to be asked after the end."""
         return bool(self._sender.is_cancelled())
 
     def send(self, outputs: Outputs) -> None:
@@ -101,15 +106,21 @@ class Asked:
 
     def answer(self, outputs: Outputs) -> None:
         """The only response, or the last one."""
-        self._sender.send(_response(outputs), flags=FINAL)
+        self._end(_response(outputs))
 
     def end(self) -> None:
         """No more responses."""
-        self._sender.send(flags=FINAL)
+        self._end()
 
     def fail(self, error: Exception) -> None:
         """An error, the last that is sent."""
-        self._sender.send(pb_utils.InferenceResponse(error=failure(served(error))), flags=FINAL)
+        self._end(pb_utils.InferenceResponse(error=failure(served(error))))
+
+    def _end(self, *response: Any) -> None:
+        sender, self._sender, self._request = self._sender, None, None
+        if sender is None:
+            raise ServingError("the request has been ended already")
+        sender.send(*response, flags=FINAL)
 
 
 def _trace(request: Any) -> str:
@@ -130,10 +141,10 @@ def _response(outputs: Outputs) -> Any:
 
 
 def served(error: BaseException) -> ServingError:
-    """Any failure as one that has a status; what is not ours is a bug, logged here and named to the caller by class."""
+    """Any failure as one that has a status; what is not ours is a bug, whose message the log does not get."""
     if isinstance(error, ServingError):
         return error
-    log.error("unexpected failure", exc_info=error)
+    tell(log, "unexpected failure", error)
     return serving(error)
 
 
@@ -202,7 +213,7 @@ class Exporter:
                     return self._closing.set()
                 self._tell(change)
         except Exception as error:  # the next push may work
-            log.error("metrics could not be pushed", exc_info=error)
+            tell(log, "metrics could not be pushed", error)
 
     def _tell(self, change: Change) -> None:
         series = self._series[change.metric.name, change.reason]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from backend.blame import tell
 from backend.errors import Cancelled
 from backend.generation.request import Request
 from backend.generation.stream import Delta, Stream
@@ -39,6 +40,14 @@ class Asked(Protocol):
     def answer(self, outputs: Mapping[str, NDArray[Any]]) -> None: ...
     def end(self) -> None: ...
     def fail(self, error: Exception) -> None: ...
+
+
+def refuse(asked: Asked, error: Exception) -> None:
+    """Fail it. It does not raise: where the way back is broken too, nobody is left to tell."""
+    try:
+        asked.fail(error)
+    except Exception as second:
+        tell(log, f"a request that failed with {type(error).__name__} could not be answered", second)
 
 
 class Delivery:
@@ -115,10 +124,7 @@ class Delivery:
         return deltas
 
     def _fail(self, error: Exception) -> None:
-        try:
-            self._asked.fail(error)
-        except Exception as second:  # the way back is broken
-            log.error("a request could not be answered: %s", error, exc_info=second)
+        refuse(self._asked, error)
         self._close(error)
 
     def _close(self, error: Exception | None = None) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from backend.config import EngineConfig
 from backend.errors import EngineDown
-from backend.generation.delivery import Asked, Delivery
+from backend.generation.delivery import Asked, Delivery, refuse
 from backend.generation.engine import DECODER, Engine
 from backend.generation.request import Request
 from backend.journal import Entry, Journal
@@ -72,8 +72,8 @@ class Service:
             entry = self._journal.entry(one)
             try:
                 parameters, rows = one.parameters(), one.rows()
-            except Exception as error:
-                one.fail(error)
+            except Exception as error:  # must not leave here: Triton would free the way back of all of them
+                refuse(one, error)
                 entry.close(error)
             else:
                 self._tokenising.submit(self._begin, one, entry, rows, parameters)
@@ -102,7 +102,7 @@ class Service:
             entry.add("tokens_in", sum(len(prompt.token_ids) for prompt in request.prompts))
             delivery.stream = self.engine.open(request.prompts, delivery.notify)
         except Exception as error:
-            asked.fail(error)
+            refuse(asked, error)
             entry.close(error)
         else:
             self._open[delivery] = None

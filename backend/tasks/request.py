@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Protocol
 
+from backend.blame import tell
 from backend.errors import InvalidInput
 from backend.journal import Entry
 from backend.metrics import TASK
@@ -117,7 +118,7 @@ class Request:
             else:
                 self._answer(outcome)
         except Exception as error:  # nobody is left to tell
-            _log.exception("a response could not be sent")
+            tell(_log, "a response could not be sent", error)
             self._close(error)
         else:
             self._close(outcome if isinstance(outcome, Exception) else None)

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 
+from backend.blame import tell
 from backend.errors import Cancelled, DeadlineExceeded
 from backend.tasks.request import Request
 
@@ -46,8 +47,8 @@ class Watch:
         while not self._closing.wait(POLL):
             try:
                 self._look()
-            except Exception:  # the others must still be looked after
-                _log.exception("a request could not be looked after")
+            except Exception as error:  # the others must still be looked after
+                tell(_log, "a request could not be looked after", error)
 
     def _look(self) -> None:
         """All for their time limit; some, in turn, for their callers."""
