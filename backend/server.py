@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -25,8 +25,10 @@ from backend.errors import LoadError, ServingError
 from backend.launcher import detach, leftovers, run_folder, tritonserver
 from backend.launcher.child import Child
 from backend.launcher.health import Health, ready, served
+from backend.launcher.log import Log
 from backend.launcher.output import Output
 from backend.launcher.ports import require_free
+from backend.launcher.repair import Repair, reach, repairing
 from backend.launcher.tritonserver import Options, Ports
 from client import local
 from client.errors import Error as ClientError
@@ -62,6 +64,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--explicit", action="store_true", help="models can be deployed into, and taken out of, the running server"
     )
+    how.add_argument(
+        "--repair-minutes",
+        metavar="M",
+        type=float,
+        default=10,
+        help="with --explicit: minutes between tries of loading anew what has failed for good (default 10; 0: none)",
+    )
     how.add_argument("--keep-going", action="store_true", help="serve the other models when one fails to load")
     how.add_argument(
         "--drain-seconds", metavar="S", type=int, default=30, help="for requests in flight at the end (default 30)"
@@ -75,6 +84,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument(
         "--otel", metavar="URL", default="", help="send traces there, e.g. http://127.0.0.1:4318/v1/traces"
+    )
+    how.add_argument(
+        "--log-mib", metavar="N", type=int, default=64, help="size of a file of the log (default 64; 0: any)"
+    )
+    how.add_argument(
+        "--log-files", metavar="N", type=int, default=4, help="files of the log that are kept (default 4; at least 2)"
     )
     how.add_argument("--detach", action="store_true", help="return once it is ready, and leave it running")
     how.add_argument("--verbose", action="store_true", help="everything that tritonserver prints")
@@ -108,10 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """From the checks that cost nothing to the last process gone."""
-    if options.drain_seconds < 0:
-        raise LoadError("--drain-seconds must not be negative")
-    if options.cache_mib < 0:
-        raise LoadError("--cache-mib must not be negative")
+    for name in ("drain_seconds", "cache_mib", "log_mib", "repair_minutes"):
+        if not getattr(options, name) >= 0:
+            raise LoadError(f"--{name.replace('_', '-')} must not be negative")
+    if options.log_files < 2:
+        raise LoadError("--log-files must be at least 2")
     signal.signal(signal.SIGTERM, _interrupt)  # until the child is there to be stopped in order
     installation = tritonserver.find()
     names = ("port", "http_port", "metrics_port", "health_port")
@@ -127,8 +143,8 @@ def serve(options: argparse.Namespace) -> int:
         line = tritonserver.command(installation.executable, models, backends, ports, behaviour)
         (folder / "cwd").mkdir()  # the stubs' first place to import from: it must hold nothing
         (folder / "tmp").mkdir()  # for what stubs that are killed would leave in the machine's own
-        output = Output(run_folder.run() / f"{ports.grpc}.log", options.verbose)
-        output.log.write_text("")
+        log = Log(run_folder.run() / f"{ports.grpc}.log", options.log_mib << 20, options.log_files)
+        output = Output(log, options.verbose)
         stack.callback(leftovers.remove, os.getpid())
         environment = tritonserver.environment(run_folder.cache(), folder / "tmp", otel=options.otel)
         child = Child(line, environment, folder / "cwd", output.read)
@@ -181,7 +197,8 @@ def _behaviour(options: argparse.Namespace, ports: Ports) -> Options:
         key = secrets.token_urlsafe(16)
         _say(f"the server's own APIs (model repository, shared memory, ...) need the header admin-key: {key}")
     drain, cache = options.drain_seconds, options.cache_mib
-    return Options(options.explicit, options.keep_going, options.verbose, drain, key, cache, options.otel)
+    repair = options.repair_minutes if options.explicit else 0.0
+    return Options(options.explicit, options.keep_going, options.verbose, drain, key, cache, options.otel, repair)
 
 
 def watch(child: Child, output: Output, ports: Ports, behaviour: Options, models: Path) -> int:
@@ -196,19 +213,27 @@ def watch(child: Child, output: Output, ports: Ports, behaviour: Options, models
     try:
         _greet(ports, models, time.monotonic() - begin)
         detach.tell_ready()
-        while child.ended() is None:
-            if child.wait(3600):
-                return _stop(child, output, behaviour)
+        with _repairs(output, ports, behaviour, models):
+            while child.ended() is None:
+                if child.wait(3600):
+                    return _stop(child, output, behaviour)
         return _failed(child, output, "ended")
     finally:
         local.withdraw(ports.grpc)
+
+
+def _repairs(output: Output, ports: Ports, behaviour: Options, models: Path) -> AbstractContextManager[None]:
+    if not behaviour.repair_minutes:
+        return nullcontext()
+    way, pause = reach(ports, behaviour.admin_key), 60 * behaviour.repair_minutes
+    return repairing(Repair(output.states, way, lambda name: (models / name).is_dir(), pause, _say))
 
 
 def _stop(child: Child, output: Output, behaviour: Options) -> int:
     _say("stopping; requests in flight may finish (a second signal ends them)")
     if not child.stop(behaviour.drain_seconds + _KILL_SECONDS):
         _say("stopped without waiting any longer")
-    output.log.unlink(missing_ok=True)
+    output.log.clear()
     return 0
 
 
@@ -217,7 +242,7 @@ def _failed(child: Child, output: Output, what: str) -> int:
     child.kill()
     how = f"signal {-status}" if status is not None and status < 0 else f"status {status}"
     reason = "; ".join(output.failures) or f"tritonserver {what} ({how})"
-    _say(f"error: {reason} (all it said: {output.log})")
+    _say(f"error: {reason} (all it said: {output.log.path})")
     return 1
 
 

@@ -58,7 +58,7 @@ class Health:
         if not ready(self._ports):
             return "tritonserver is not ready"
         loaded = self._states.loaded
-        for model in loaded:
+        for model in [*loaded, *self._states.lost]:
             if said := self._states.trouble(model):
                 return f"model {model}: {said}"
         stubs = _stubs()

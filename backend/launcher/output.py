@@ -1,4 +1,4 @@
-"""Output: a server's lines, all in a log file, the telling ones on the terminal. It does not know why it ended."""
+"""Output: a server's lines, all in its log, the telling ones on the terminal. It does not know why it ended."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+from backend.launcher.log import Log
 from backend.launcher.states import OWN, States
 
 _LOG = re.compile(r'([EWI])\d{4} [\d:.]+ \d+ ([\w.]+):\d+\] "?(.*?)"?$')
@@ -43,7 +43,7 @@ def telling(line: str) -> str | None:
 class Output:
     """Reads lines until the stream ends; remembers the last ones and each failed load's reason."""
 
-    def __init__(self, log: Path, verbose: bool, show: Callable[[str], None] | None = None) -> None:
+    def __init__(self, log: Log, verbose: bool, show: Callable[[str], None] | None = None) -> None:
         self.log = log
         self.tail: deque[str] = deque(maxlen=20)
         self.failures: list[str] = []
@@ -53,11 +53,10 @@ class Output:
 
     def read(self, lines: Iterable[str]) -> None:
         """Until end of file: what a thread does."""
-        with self.log.open("a") as log:
-            for line in lines:
-                log.write(line)
-                log.flush()
-                self._line(_CONTROL.sub("?", line.rstrip("\n")))
+        for line in lines:
+            self.log.write(line)
+            self._line(_CONTROL.sub("?", line.rstrip("\n")))
+        self.log.close()
 
     def _line(self, line: str) -> None:
         if _REQUEST.match(line) and not self._verbose:

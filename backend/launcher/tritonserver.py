@@ -136,6 +136,8 @@ class Options:
     """Memory for answers of models whose config.pbtxt says `response_cache`; 0: no cache."""
     otel: str = ""
     """Where an OpenTelemetry collector takes traces over HTTP; empty: nothing is traced."""
+    repair_minutes: float = 0.0
+    """Between two tries of loading anew a model that has failed for good; 0: none."""
 
 
 def command(executable: Path, repository: Path, backends: Path | None, ports: Ports, options: Options) -> list[str]:

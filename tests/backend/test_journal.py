@@ -7,6 +7,7 @@ import pytest
 
 from backend.errors import InvalidInput
 from backend.journal import LONGEST, Entry, Journal
+from backend.launcher.log import Log
 from backend.launcher.output import Output
 
 HOSTILE = 'a"}\n\x1b[31mtritonspeed | m | down: forged\r\u2028é\x85'
@@ -58,8 +59,8 @@ def test_switched_off_it_says_nothing_and_no_journal_is_needed():
 
 def test_its_lines_are_in_the_log_and_not_on_the_terminal(tmp_path):
     shown, (line,) = [], written(request_id=HOSTILE)
-    output = Output(tmp_path / "log", False, shown.append)
+    output = Output(Log(tmp_path / "log"), False, shown.append)
     output.read([f"tritonspeed | m | {line}\n", "tritonspeed | m | ready in 1 s\n"])
     assert shown == ["m | ready in 1 s"] and list(output.tail) == ["tritonspeed | m | ready in 1 s"]
-    assert line in output.log.read_text()
+    assert line in output.log.path.read_text()
     assert output.states.trouble("m") is None

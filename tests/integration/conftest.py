@@ -16,6 +16,9 @@ from tiny import save_llama  # noqa: E402
 
 from backend import repository  # noqa: E402
 
+REPAIR = 0.05
+"""Minutes between two tries of loading anew what has failed for good."""
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -56,5 +59,6 @@ def _write_broken(folder, smollm2, place):
 @pytest.fixture(scope="session")
 def served(tmp_path_factory, models):
     """The server, with everything loaded; at the end nothing of it may be left."""
-    with running(tmp_path_factory.mktemp("served"), models, "--explicit", "--keep-going") as server:
+    options = "--explicit", "--keep-going", f"--repair-minutes={REPAIR}"
+    with running(tmp_path_factory.mktemp("served"), models, *options) as server:
         yield server
