@@ -164,6 +164,13 @@ class Checkpoint:
         return min(length, rope_limit(config) or length)
 
 
+def stored(folder: Path) -> list[Tensor]:
+    """Tensors of every part of a pipeline's folder; not the variants of the same ones (`model.fp16.safetensors`)."""
+    parts = sorted(part for part in folder.iterdir() if part.is_dir())
+    files = [file for part in parts for file in sorted(part.glob("*.safetensors")) if file.stem.count(".") == 0]
+    return [tensor for file in files for tensor in _read_header(file).values()]
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).exists():
         return _read_indexed(folder)

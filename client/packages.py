@@ -17,7 +17,7 @@ Tell = Callable[[str], object]
 def check(model: str, task: str, name: str, given: Mapping[str, Any], tell: Tell) -> dict[str, str]:
     """The parameters as text, once model and devices are known to fit them."""
     with server_packages():
-        from backend import checkpoint, devices, repository, samples, tasks
+        from backend import checkpoint, devices, fit, repository, samples, tasks
         from backend.config import EngineConfig
 
         parameters = {key: _text(value) for key, value in given.items() if value is not None}
@@ -25,11 +25,10 @@ def check(model: str, task: str, name: str, given: Mapping[str, Any], tell: Tell
         EngineConfig.from_parameters({"model": model, **parameters})  # before a download
         parameters = {"model": samples.locate(model, task), **parameters}
         config = EngineConfig.from_parameters(parameters)
-        if task == "generate":
-            for line in checkpoint.check(config).report():
-                tell(f"{name}: {line}")
-        else:
+        if task != "generate":
             tasks.find(task)(checkpoint.resolve(config.model, checkpoint.root()), devices.resolved(config))
+        for line in fit.check(config, task).report():
+            tell(f"{name}: {line}")
     return parameters
 
 
