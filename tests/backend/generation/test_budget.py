@@ -54,6 +54,28 @@ def test_decode_steps_between_prompts_teach_what_is_fixed() -> None:
     assert steps.budget.tokens(late=True) == pytest.approx((STRETCH * 0.020 - 0.008) / 25e-6, rel=0.02)
 
 
+@pytest.mark.parametrize("steps_between", [50, 300, 20_000])
+def test_a_stretch_without_prompts_leaves_what_they_may_take(steps_between: int) -> None:
+    steps = Steps(0.020)
+    for _ in range(60):
+        steps.send(steps.budget.tokens())
+    for _ in range(steps_between):
+        steps.send(0)
+    times = [steps.send(steps.budget.tokens()) for _ in range(5)]
+    assert min(times) > 0.0195 and max(times) < 0.0205
+
+
+def test_a_stretch_without_prompts_teaches_what_is_fixed_by_then() -> None:
+    steps = Steps(0.020)
+    for _ in range(60):
+        steps.send(steps.budget.tokens())
+    for step in range(1000):
+        steps.fixed = 0.008 + 0.010 * step / 1000  # contexts grow
+        steps.send(0)
+    times = [steps.send(steps.budget.tokens()) for _ in range(40)]
+    assert max(times) < 0.021 and min(times) > 0.0185
+
+
 def test_a_target_that_cannot_be_met_leaves_prompts_a_block() -> None:
     steps = Steps(0.001)
     for _ in range(20):
