@@ -41,7 +41,10 @@ class Room:
         self._hosts: Any = distributed.new_group(backend="gloo") if self.counted and world > 1 else None
 
     def peak(self, compute: Callable[[], object]) -> int:
-        """Bytes that this takes for a moment, beside what stays."""
+        """Bytes that this takes for a moment, beside what stays; 0 on CPU."""
+        if self._device.type != "cuda":
+            compute()
+            return 0
         torch.cuda.reset_peak_memory_stats(self._device)
         compute()
         return torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)

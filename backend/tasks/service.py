@@ -28,7 +28,7 @@ from backend.tally import Tally
 from backend.tasks import find
 from backend.tasks.pool import Batch, Pool
 from backend.tasks.request import Asked, Request
-from backend.tasks.task import Array, Task
+from backend.tasks.task import Task
 from backend.tasks.text import Ready, Texts
 from backend.tasks.watch import Watch
 
@@ -196,10 +196,13 @@ class Service:
         except Exception as error:  # the task's own fault: the ranks have answered
             return _fail(batch, error)
         for waiting, answer in zip(batch, answers, strict=True):
-            if waiting.request.fill(waiting.place, answer):
+            if isinstance(answer, ServingError):
+                waiting.request.settle(answer)
+            elif waiting.request.fill(waiting.place, answer):
                 waiting.request.finish(self.task)
 
-    def _joined(self, received: list[Any], batch: Batch) -> list[Array]:
+    def _joined(self, received: list[Any], batch: Batch) -> list[Any]:
+        """An array a piece, or why it has none."""
         answers = self.task.join(received)
         if len(answers) != len(batch):
             raise ServingError(f"the ranks answered with {len(answers)} arrays for {len(batch)} pieces")

@@ -52,6 +52,15 @@ class Texts:
             [piece.options for piece in pieces],
         )
 
+    def halves(self) -> tuple[Texts, Texts]:
+        """The first and the second half of at least two sequences."""
+        count = len(self.lengths) // 2
+        tokens = int(self.lengths[:count].sum())
+        return (
+            Texts(self.input_ids[:tokens], self.type_ids[:tokens], self.lengths[:count], self.options[:count]),
+            Texts(self.input_ids[tokens:], self.type_ids[tokens:], self.lengths[count:], self.options[count:]),
+        )
+
 
 @dataclass(frozen=True)
 class Ready:

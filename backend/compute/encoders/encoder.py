@@ -21,14 +21,17 @@ from backend.compute.encoders.inputs import Inputs
 from backend.compute.encoders.load import load_encoder
 from backend.compute.encoders.packing import Packing
 from backend.compute.proof import PARTS, allow, distance
+from backend.compute.room import Room
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.encoders import longest
+from backend.errors import ServingError
 from backend.ranks.rank import Birth, Deferred
 from backend.tasks import find
 from backend.tasks.text import Piece, Ready, Texts
 
-Arrays = NDArray[Any]
+Arrays = NDArray[Any] | list[NDArray[Any] | ServingError]
+"""One a sequence."""
 
 CALLS = 2
 """Of one size until its graph is there."""
@@ -44,7 +47,8 @@ class Encoder:
         self._checkpoint = Checkpoint.open(resolve(config.model, None))
         self._most = min(longest(self._checkpoint, config.max_model_len), config.step_tokens)
         dtype = dtype_of(config, self._checkpoint)
-        self._device = join(birth, progress)
+        self._device, self._world = join(birth, progress), birth.world
+        self._room = Room(self._device, birth.world)
         self._model = load_encoder(self._checkpoint, self._task.auto, birth.world, self._device, dtype)
         self._model.config.use_cache = False  # decoders that embed would keep keys and values
         self._types, self._padding = self._kinds(), int(getattr(self._model.config, "pad_token_id", None) or 0)
@@ -133,7 +137,9 @@ class Encoder:
         """The largest micro-batches, of longest texts and of short ones, the usual ones' graphs, the output proof."""
         most, tokens = self._most, self._config.step_tokens
         for length in {most: None, min(64, most): None, min(16, most): None}:
-            self._warm(length, max(1, tokens // length))
+            count = max(1, tokens // length)
+            taken = self._room.peak(partial(self._warm, length, count)) / (length * count)
+            self._room.per_token = max(self._room.per_token, taken)
         if self._packing and self._packing.graphs:
             buckets = usual(tokens, most)
             self._progress(f"capturing {len(buckets)} CUDA graphs of the layers")
@@ -145,12 +151,33 @@ class Encoder:
         ids = np.full(length, 1, np.int32)
         piece = Piece(ids, np.zeros(length, np.int32), self._task.warm)
         for _ in range(CALLS if self._packing and self._packing.graphs else 1):
-            answer = self.forward(Texts.of([piece] * count))
+            answer = self._whole(Texts.of([piece] * count))
             if callable(answer):
                 answer()
 
     @torch.inference_mode()
     def forward(self, batch: Texts) -> Arrays | Deferred:
+        """A row a sequence; where there is no device memory for all at once, of halves, an error for one too long."""
+        if (found := self._tried(batch)) is not None:
+            return found
+        if len(batch.lengths) > 1:
+            first, second = (self.forward(half) for half in batch.halves())
+            return joined(first, second)
+        long = f"no device memory for a text of {batch.lengths[0]} tokens"
+        return [ServingError(f"{long}; shorten it, or load the model with a smaller max_model_len or step_tokens")]
+
+    def _tried(self, batch: Texts) -> Arrays | Deferred | None:
+        """Nothing where there is no device memory: several ranks must know before they begin, see `room`."""
+        if self._world > 1:
+            padded = len(batch.lengths) * int(batch.lengths.max())
+            return self._whole(batch) if self._room.fits(self._room.bytes(padded, 0)) else None
+        try:
+            return self._whole(batch)
+        except torch.OutOfMemoryError:
+            return None
+
+    @torch.inference_mode()
+    def _whole(self, batch: Texts) -> Arrays | Deferred:
         """Run the model and the task's device half: a row a sequence, whatever that half makes of it."""
         output, mask = self._compute(batch)
         return self._answer(self._task.forward(output, batch, mask))
@@ -174,3 +201,10 @@ class Encoder:
             return arrived()[0].numpy()
 
         return rows
+
+
+def joined(first: Arrays | Deferred, second: Arrays | Deferred) -> Arrays | Deferred:
+    """The rows of both; padded by different lengths, each stays an array of its own."""
+    if not callable(first) and not callable(second):
+        return [*first, *second]
+    return lambda: [row for part in (first, second) for row in (part() if callable(part) else part)]
