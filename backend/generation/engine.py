@@ -17,7 +17,7 @@ from functools import partial
 from itertools import chain
 from queue import Empty, SimpleQueue
 
-from backend import checkpoint
+from backend import checkpoint, fit
 from backend.config import EngineConfig
 from backend.devices import resolved
 from backend.errors import DeadlineExceeded, EngineDown, Overloaded, ServingError, serving
@@ -76,7 +76,7 @@ class Engine:
 
     def start(self) -> None:
         """Load, warm up and begin to serve; LoadError with a one-line reason otherwise."""
-        for line in checkpoint.check(self.config).report():
+        for line in fit.check(self.config).report():
             self._report(line)
         self.tokenizer = Tokenizer.from_folder(self.folder)
         self.defaults = Defaults.from_folder(self.folder)

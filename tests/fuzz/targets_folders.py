@@ -11,7 +11,7 @@ from pathlib import Path
 from draw import Draw
 from targets import CHATML, Target, tiny_encoders  # first: it makes the rest importable
 
-from backend import checkpoint, encoders, families
+from backend import encoders, families, fit
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError
 from backend.generation.params import Defaults
@@ -69,7 +69,8 @@ def header(shapes: dict[str, list[int]]) -> bytes:
 
 
 def _weights(draw: Draw) -> bytes:
-    shapes = {"a.q_proj.weight": [16, 16], "a.k_proj.weight": [8, 16], "embed_tokens.weight": [30, 16]}
+    layer = "layers.0.attn"
+    shapes = {f"{layer}.q_proj.weight": [16, 16], f"{layer}.k_proj.weight": [8, 16], "embed_tokens.weight": [30, 16]}
     if draw.yes():
         shapes = {
             draw.one([*shapes, "x"]): [draw.below(40) for _ in range(draw.below(3))] for _ in range(draw.below(3))
@@ -85,8 +86,12 @@ def language_model(folder: Path) -> Target:
         put(folder / "config.json", draw.changed(LLAMA, KEYS))
         put(folder / "generation_config.json", draw.fields(KEYS))
         (folder / "model.safetensors").write_bytes(_weights(draw))
-        config = replace(CONFIG, model=str(folder), tensor_parallel=1 + draw.below(3), max_model_len=draw.below(3) * 8)
-        allowed(partial(Defaults.from_folder, folder), partial(checkpoint.check, config), partial(_facts, folder))
+        packed = dict(quantization=draw.one(["", "int8", "int4", "fp8"]), kv_cache_dtype=draw.one(["auto", "fp8"]))
+        config = replace(
+            CONFIG, model=str(folder), tensor_parallel=1 + draw.below(3), max_model_len=draw.below(3) * 8, **packed
+        )
+        forecast = partial(fit.check, config, draw.one(["generate", "embed"]))
+        allowed(partial(Defaults.from_folder, folder), lambda: forecast().report(), partial(_facts, folder))
 
     return target
 
@@ -167,6 +172,8 @@ def pipeline(folder: Path) -> Target:
     """The files of diffusers."""
     for name in (*PIPELINES.values(), "vae", "scheduler"):
         (folder / name).mkdir(exist_ok=True)
+    (folder / "unet" / "model.safetensors").write_bytes(header({"x": [2]}))
+    here = replace(CONFIG, model=str(folder))
 
     def target(data: bytes) -> None:
         draw = Draw(data)
@@ -179,7 +186,11 @@ def pipeline(folder: Path) -> Target:
         put(folder / "transformer" / "config.json", sample)
         put(folder / "vae" / "config.json", draw.changed({"block_out_channels": [32, 64]}, []))
         put(folder / "scheduler" / "scheduler_config.json", draw.changed({"num_train_timesteps": 1000}, []))
-        allowed(lambda: _size(PipelineFolder.open(folder)), lambda: find("text_to_image")(folder, CONFIG))
+        allowed(
+            lambda: _size(PipelineFolder.open(folder)),
+            lambda: find("text_to_image")(folder, CONFIG),
+            partial(fit.check, here, "text_to_image"),
+        )
 
     return target
 
@@ -245,7 +256,7 @@ def safetensors(folder: Path) -> Target:
         draw = Draw(data)
         text = draw.rest() if draw.yes() else json.dumps(draw.json()).encode()
         (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
-        allowed(partial(_facts, folder), partial(checkpoint.check, replace(CONFIG, model=str(folder))))
+        allowed(partial(_facts, folder), partial(fit.check, replace(CONFIG, model=str(folder))))
 
     return target
 

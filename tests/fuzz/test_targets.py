@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from targets import SEEDS, TARGETS, TASKS
 from targets_folders import BERT, FOLDER_SEEDS, FOLDERS, INDEX, LLAMA, header, put
 
-from backend import checkpoint
+from backend import checkpoint, fit
 from backend.config import EngineConfig
 from backend.errors import LoadError
 from backend.model_folder import Checkpoint
@@ -48,13 +48,22 @@ def test_configurations_of_wrong_kinds(changes, tmp_path):
     put(tmp_path / "config.json", LLAMA | changes)
     (tmp_path / "model.safetensors").write_bytes(header({"x": [2]}))
     with pytest.raises(LoadError):
-        checkpoint.check(EngineConfig(model=str(tmp_path), device="cpu"))
+        fit.check(EngineConfig(model=str(tmp_path), device="cpu"))
 
 
 def test_a_projection_without_dimensions(tmp_path):
     put(tmp_path / "config.json", LLAMA)
     (tmp_path / "model.safetensors").write_bytes(header({"a.q_proj.weight": [], "b.k_proj.weight": []}))
     assert checkpoint.share_heads(Checkpoint.open(tmp_path), 2) == (1, 1)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_quantised_matrix_without_columns(quantization, tmp_path):
+    put(tmp_path / "config.json", LLAMA | {"max_position_embeddings": 64})
+    shapes = {f"layers.0.attn.{part}_proj.weight": [8, 0] for part in "qk"}
+    (tmp_path / "model.safetensors").write_bytes(header(shapes))
+    with pytest.raises(LoadError):
+        fit.check(EngineConfig(model=str(tmp_path), device="cpu", quantization=quantization))
 
 
 @pytest.mark.parametrize("heads", [[4], "many", float("inf")])
