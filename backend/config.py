@@ -11,10 +11,14 @@ from backend.errors import LoadError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+OFFLOADS = ("", "cpu", "nvme")
 KV_DTYPES = ("auto", "fp8")
 
 _IGNORED = {"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRITON_BATCH_STRATEGY_PATH"}
 """Parameters of config.pbtxt that Triton itself reads."""
+
+_OFFLOADED = {"max_sequences": "1024", "step_timeout": "600"}
+"""Defaults with `offload`: a step lasts as long as the weights travel, whatever it computes."""
 
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -59,6 +63,12 @@ class EngineConfig:
     """Whether requests find each other's KV blocks of a common prefix."""
     run_ahead: int = 1
     """Steps that are sent before the tokens of the oldest of them have come back, beyond that one."""
+    offload: str = ""
+    """Where the layers lie while they do not compute: cpu (host memory), nvme (a file); empty: on the device."""
+    offload_folder: str = ""
+    """With offload nvme: the folder, on a disk, of that file; empty: the one for temporary files."""
+    device_memory: int = 0
+    """With offload: MiB of the device for weights; as many layers stay there as fit; 0: what a step needs."""
     cuda_graphs: bool = True
     compile: bool = True
     """Whether image models are compiled on CUDA as they load: a minute or two the first time, seconds once cached."""
@@ -101,9 +111,16 @@ class EngineConfig:
         _check(0 <= self.kv_cache_fraction < 1, "kv_cache_fraction must be at least 0 and below 1")
         for name in _POSITIVE:
             _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        self._check_offload()
         for field in fields(self):
             if field.type in ("int", "float"):
                 _check(getattr(self, field.name) >= 0, f"{field.name} must not be negative")
+
+    def _check_offload(self) -> None:
+        kind = self.offload
+        _check(kind in OFFLOADS, f"offload must be cpu, nvme or empty, not {kind!r}")
+        _check(kind == "nvme" or not self.offload_folder, "offload_folder is set, offload is not nvme")
+        _check(bool(kind) or not self.device_memory, "device_memory is set, offload is not")
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, str]) -> EngineConfig:
@@ -113,6 +130,8 @@ class EngineConfig:
         if unknown := sorted(given.keys() - types.keys()):
             raise LoadError(f"unknown parameter {unknown[0]!r} in config.pbtxt; known: {', '.join(types)}")
         _check(bool(given.get("model")), "parameter 'model' is missing in config.pbtxt")
+        if given.get("offload"):
+            given = {**_OFFLOADED, **given}
         return cls(**{name: _parse(name, types[name], value) for name, value in given.items()})
 
     @classmethod

@@ -12,6 +12,9 @@ from backend.config import EngineConfig
 KV_CACHE_FRACTION = {"cuda": 0.9, "cpu": 0.1}
 """Share of the free memory that the KV cache takes unless the configuration says otherwise."""
 
+STEP_TOKENS = {"cuda": (2048, 8192), "cpu": (512, 1024)}
+"""Budget of a step unless the configuration says otherwise; and with offload, where more cost hardly more."""
+
 
 def free_gpu_memory() -> list[int]:
     """Free bytes of each GPU that CUDA_VISIBLE_DEVICES shows, in its order; empty where there is none, or no driver."""
@@ -56,7 +59,8 @@ def resolved(config: EngineConfig) -> EngineConfig:
     return replace(
         config,
         device=device,
-        step_tokens=config.step_tokens or (2048 if cuda else 512),
+        step_tokens=config.step_tokens or STEP_TOKENS[device][bool(config.offload)],
+        cuda_graphs=config.cuda_graphs and not config.offload,
         kv_cache_fraction=config.kv_cache_fraction or KV_CACHE_FRACTION[device],
         threads=config.threads or (1 if cuda else max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel)),
     )
