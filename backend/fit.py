@@ -97,6 +97,7 @@ class Fit:
         return lines
 
 
+@values_of("config.json")
 def check(config: EngineConfig, task: str = "generate") -> Fit:
     """Fit, or a LoadError of one line that says what does not fit."""
     folder = resolve(config.model, root())
