@@ -3,9 +3,8 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 FREE = {"backend.errors", "backend.config", "backend.devices", "backend.families"}
@@ -13,6 +12,7 @@ FREE |= {"backend.checkpoint", "backend.model_folder", "backend.encoders", "back
 """What everything in backend may import."""
 
 
+@cache
 def imports(file):
     """Every module that a file names in an import, wherever the statement stands."""
     found = set()
@@ -37,8 +37,18 @@ def within(module, *packages):
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
-@pytest.mark.parametrize("file", files("backend/generation"), ids=lambda file: file.name)
-def test_generation_imports_neither_torch_nor_triton_nor_compute(file):
+def offending(folder, *forbidden, allowed=()):
+    """What the files of a folder import of that, by file; none of those in `allowed` are looked at."""
+    found = {
+        str(file.relative_to(ROOT)): [module for module in imports(file) if within(module, *forbidden)]
+        for file in files(folder)
+        if not within(name(file), *allowed)
+    }
+    assert found, f"{folder} has no files"
+    return {file: modules for file, modules in found.items() if modules}
+
+
+def test_generation_imports_neither_torch_nor_triton_nor_compute():
     forbidden = (
         "torch",
         "triton_python_backend_utils",
@@ -47,56 +57,59 @@ def test_generation_imports_neither_torch_nor_triton_nor_compute(file):
         "backend.compute",
         "backend.triton",
     )
-    assert [module for module in imports(file) if within(module, *forbidden)] == []
+    assert offending("backend/generation", *forbidden) == {}
 
 
-@pytest.mark.parametrize("file", files("backend"), ids=lambda file: str(file.relative_to(ROOT)))
-def test_only_the_adapter_knows_tritons_python_api(file):
-    if file.name != "triton.py":
-        assert not any(within(module, "triton_python_backend_utils") for module in imports(file))
+def test_only_the_adapter_knows_tritons_python_api():
+    assert list(offending("backend", "triton_python_backend_utils")) == ["backend/triton.py"]
 
 
-@pytest.mark.parametrize("file", files("backend"), ids=lambda file: str(file.relative_to(ROOT)))
-def test_only_ranks_import_compute(file):
-    if not within(name(file), "backend.compute", "backend.training"):
-        assert not any(within(module, "backend.compute", "torch", "deepspeed") for module in imports(file)), file
+def test_only_ranks_import_compute():
+    heavy = ("backend.compute", "torch", "deepspeed")
+    assert offending("backend", *heavy, allowed=("backend.compute", "backend.training")) == {}
 
 
-@pytest.mark.parametrize("file", files("backend/compute"), ids=lambda file: file.name)
-def test_compute_knows_plans_and_ranks_but_not_the_engine(file):
+def test_compute_knows_plans_and_ranks_but_not_the_engine():
     plans, tasks = (
         ("backend.generation.plan", "backend.generation.capacity"),
         ("backend.tasks.find", "backend.tasks.text"),
     )
     allowed = ("backend.compute", "backend.ranks.rank", *plans, *tasks, *FREE)
-    ours = [module for module in imports(file) if within(module, "backend")]
-    assert [m for m in ours if not within(m, *allowed) and not any(within(a, m) for a in allowed)] == []
+    found = offending("backend/compute", "backend")
+    wrong = {
+        file: [m for m in modules if not within(m, *allowed) and not any(within(a, m) for a in allowed)]
+        for file, modules in found.items()
+    }
+    assert {file: modules for file, modules in wrong.items() if modules} == {}
 
 
-@pytest.mark.parametrize("file", files("backend/tasks"), ids=lambda file: file.name)
-def test_tasks_import_neither_torch_nor_transformers_nor_compute(file):
+def test_tasks_import_neither_torch_nor_transformers_nor_compute():
     forbidden = ("torch", "transformers", "diffusers", "deepspeed", "backend.compute", "backend.triton")
-    assert [module for module in imports(file) if within(module, *forbidden)] == []
+    assert offending("backend/tasks", *forbidden) == {}
 
 
-@pytest.mark.parametrize("folder", ["backend", "client", "model_repository"])
-def test_nobody_imports_the_training_programs(folder):
+def test_nobody_imports_the_training_programs():
     """They run in processes of their own."""
-    outside = [file for file in files(folder) if not within(name(file), "backend.training")]
-    assert [file for file in outside if any(within(module, "backend.training") for module in imports(file))] == []
+    for folder in ("backend", "client", "model_repository"):
+        assert offending(folder, "backend.training", allowed=("backend.training",)) == {}
 
 
-@pytest.mark.parametrize("file", files("client"), ids=lambda file: file.name)
-def test_the_client_needs_no_torch(file):
-    assert not any(within(module, "torch", "transformers", "deepspeed") for module in imports(file))
+def test_the_client_needs_no_torch():
+    assert offending("client", "torch", "transformers", "deepspeed") == {}
 
 
 STUB = [name(file) for file in files("backend/tasks") if file.name != "__init__.py"]
 
 
-@pytest.mark.parametrize("module", ["client", "backend.generation.engine", "backend.generation.request", *STUB])
-def test_what_runs_in_the_stub_and_the_client_loads_nothing_heavy(module):
-    heavy = "torch", "transformers", "diffusers", "deepspeed"
-    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+def test_what_runs_in_the_stub_and_the_client_loads_nothing_heavy():
+    """One after the other in a fresh interpreter: the first that loads something is named."""
+    modules = ["client", "backend.generation.engine", "backend.generation.request", *STUB]
+    code = """
+import importlib, sys
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+    if heavy := {"torch", "transformers", "diffusers", "deepspeed"} & set(sys.modules):
+        sys.exit(f"{module} loads {heavy}")
+"""
+    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

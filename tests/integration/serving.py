@@ -14,16 +14,21 @@ import urllib.error
 import urllib.request
 import uuid
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import numpy as np
 import psutil
 from tritonclient.grpc import service_pb2_grpc
+from waiting import eventually as eventually
 
 from client import async_pipeline, pipeline
 from client.channel import Endpoint
 from client.control import Control
 from client.tensors import decode, encode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fakes"))
+import shared_memory
 
 TYPES = {"max_tokens": "i4", "min_tokens": "i4", "n": "i4", "top_k": "i4", "input_ids": "i4", "stop_token_ids": "i4",
          "temperature": "f4", "top_p": "f4", "min_p": "f4", "repetition_penalty": "f4", "frequency_penalty": "f4",
@@ -50,7 +55,7 @@ class Served:
     def __init__(self, folder, repository, *arguments, run=None):
         self.mark, self.folder, self.repository = uuid.uuid4().hex, folder, repository
         self.run = run or folder / "run"
-        self.before = set(os.listdir("/dev/shm"))
+        self.before = shared_memory.names()
         (folder / "tmp").mkdir(parents=True)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "backend.server", "--port=0", "--http-port=0", "--metrics-port=0",
@@ -91,8 +96,7 @@ class Served:
         found = [f"process {process}" for process in gone(self.processes())]
         found += [f"port {port}" for port in getattr(self, "ports", ()) if not _free(port)]
         ours = (f"tritonspeed_{self.process.pid}_", "deepspeed_allreduce_buffer_", "triton_python_backend")
-        files = set(os.listdir("/dev/shm")) - self.before
-        found += [f"/dev/shm/{name}" for name in files if name.startswith(ours)]
+        found += shared_memory.forgotten(ours, self.before)
         found += [str(path) for path in (self.folder / "tmp").iterdir()]
         return found + [str(path) for path in self.run.glob(f"server-{self.process.pid}*")]
 
@@ -205,18 +209,9 @@ def events(text):
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
 
 
-def gone(processes, seconds=5):
+def gone(processes, seconds=30):
     """Those that still live after so long."""
     return psutil.wait_procs(processes, timeout=seconds)[1]
-
-
-def eventually(holds, seconds=30):
-    """The first true value of `holds()`."""
-    end = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < end, f"it did not become true within {seconds} s"
-        time.sleep(0.05)
-    return found
 
 
 def _belongs(process, mark, word):

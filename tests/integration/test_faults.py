@@ -86,7 +86,7 @@ def test_a_killed_stub(served, restarted):
     before = restarted("single")
     stub, ranks = served.family("single")
     stub.kill()
-    assert gone(ranks, 2) == []
+    assert gone(ranks) == []
     with served.control() as control:
         control.unload("single", 60)
         control.load("single", 120)

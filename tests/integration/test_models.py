@@ -100,7 +100,7 @@ def test_deploy_reload_unload_undeploy(served, tiny, expected):
             control.wait_gone("guest", 60)
             assert gone([stub, *ranks]) == []
             with pytest.raises(Unavailable):
-                pipe("the quick", timeout=5)
+                pipe("the quick", timeout=60)
             control.load("guest", 120)
             assert pipe("the quick", **GREEDY).text == expected
 

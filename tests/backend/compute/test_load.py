@@ -19,6 +19,7 @@ FAKES = Path(__file__).parents[2] / "fakes"
 sys.path.insert(0, str(FAKES))
 
 import families  # noqa: E402
+import shared_memory  # noqa: E402
 from shards import Case, Group, Result  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -219,7 +220,7 @@ def test_two_groups_at_once_do_not_mix_and_leave_nothing(
 ) -> None:
     for name in ("llama", "opt"):
         assert_equal(pair[name], families.expected(folders[name]))
-    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_tritonspeed-*"))
+    assert shared_memory.forgotten(f"deepspeed_allreduce_buffer_{os.getuid()}_tritonspeed-") == []
 
 
 @pytest.mark.parametrize("name", list(SEEN))

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from transformers.generation import logits_process as hf
 
 from backend.compute.sampler import BROKEN, Sampler, bits, gumbel, row_keys
 from backend.compute.sampling.parameters import WORDS, lay_out, parameters
 from backend.generation.plan import History, Sampling
+
+stats = pytest.importorskip("scipy").stats
 
 
 @pytest.fixture(autouse=True)
