@@ -10,6 +10,8 @@ from typing import Any
 from backend.errors import LoadError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("", "int8", "int4", "fp8")
+QUANTIZATION_GROUPS = (32, 64, 128, 256, 512, 1024)
 DEVICES = ("auto", "cpu", "cuda")
 OFFLOADS = ("", "cpu", "nvme")
 KV_DTYPES = ("auto", "fp8")
@@ -63,6 +65,12 @@ class EngineConfig:
     """Whether requests find each other's KV blocks of a common prefix."""
     run_ahead: int = 1
     """Steps that are sent before the tokens of the oldest of them have come back, beyond that one."""
+    quantization: str = ""
+    """Linear layers of the repeated blocks in int8, int4 or fp8, rounded as they are read; empty: in dtype."""
+    quantization_group: int = 0
+    """Columns of a row that share a scale; 0: 32 for int4, else all (of int8 that is not symmetric: 64)."""
+    quantization_symmetric: bool = True
+    """Whether zero is a code's middle; false: DeepSpeed's form, each group between its least and its greatest."""
     offload: str = ""
     """Where the layers lie while they do not compute: cpu (host memory), nvme (a file); empty: on the device."""
     offload_folder: str = ""
@@ -115,6 +123,17 @@ class EngineConfig:
         for field in fields(self):
             if field.type in ("int", "float"):
                 _check(getattr(self, field.name) >= 0, f"{field.name} must not be negative")
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        kind, group = self.quantization, self.quantization_group
+        _check(kind in QUANTIZATIONS, f"quantization must be one of int8, int4, fp8 or empty, not {kind!r}")
+        _check(bool(kind) or not group, "quantization_group is set, quantization is not")
+        _check(bool(kind) or self.quantization_symmetric, "quantization_symmetric is false, quantization is not set")
+        _check(kind != "fp8" or not group, "quantization_group: fp8 has one scale a row")
+        _check(kind != "fp8" or self.quantization_symmetric, "quantization_symmetric: fp8 is always symmetric")
+        sizes = ", ".join(map(str, QUANTIZATION_GROUPS))
+        _check(group in (0, *QUANTIZATION_GROUPS), f"quantization_group must be 0 or one of {sizes}, not {group}")
 
     def _check_offload(self) -> None:
         kind = self.offload

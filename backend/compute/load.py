@@ -18,7 +18,12 @@ from backend.checkpoint import Checkpoint, check_family, resolve, root, share_he
 from backend.compute import fused
 from backend.compute.attention.families import freeze_rope, unsupported
 from backend.compute.attention.paged import NAME, register
-from backend.compute.sharding import check_shards, shard, spans
+from backend.compute.offload.offload import Offload
+from backend.compute.quantized.layer import packed_weights
+from backend.compute.quantized.packed import Packed
+from backend.compute.quantized.replace import replace
+from backend.compute.quantized.scheme import scheme_of
+from backend.compute.sharding import allocate, check_shards, spans, split
 from backend.compute.tensor_parallel import VocabParallelHead
 from backend.compute.weights import WHOLE, Reader, Recipe, Span, recipes
 from backend.config import EngineConfig
@@ -36,13 +41,16 @@ def load(
     progress: Progress = lambda share: None,
     attention: str = NAME,
     merge: bool | None = None,
+    offload: Offload | None = None,
 ) -> PreTrainedModel:
     """Load this rank's shard of the model, in `dtype` on `device`, ready for inference.
 
     `connect` must have been called. `progress` gets the share of the weights read, 0 to 1. `attention` is a name in
     transformers' AttentionInterface. `merge`: whether sibling projections become one product; None where it pays.
+    `offload` holds the layers, if it is there.
     LoadError, of one line, for anything that would not give exactly the model of the checkpoint.
     """
+    held = torch.device("meta") if offload else device
     checkpoint = Checkpoint.open(resolve(config.model, root()))
     check_family(checkpoint, world)
     share_heads(checkpoint, world)
@@ -52,14 +60,23 @@ def load(
         name, head, tied = _split_head(model, wanted, reader, rank, world)
         buffers, dtypes = {name: buffer.clone() for name, buffer in model.named_buffers()}, own_dtypes(model, dtype)
         put(model, name, nn.Identity())  # out of DeepSpeed's sight, which would split it by its input
-        shard(model, world, device, dtype)
+        split(model, world, dtype)
+        if scheme := scheme_of(config):
+            replace(model, scheme, dtypes, held)
+        allocate(model, held)
         restore(model, buffers, dtypes, device)
-        _place_head(model, name, head, tied, device)
+        _place_head(model, name, head, tied, held)
         check_shards(model, world)
         parts = spans(model, tied)
         if fused.pays(device, dtype) if merge is None else merge:
             fused.merge(model)
+        if offload:
+            offload.allocate(model)
+            progress = offload.watched(progress)
         fill(model, wanted, parts, reader, progress)
+    finish(model)
+    if offload:
+        offload.start()
     return model
 
 
@@ -178,7 +195,8 @@ def fill(
     progress: Progress = lambda share: None,
 ) -> None:
     """Copy every recipe's part into its parameter; LoadError names what does not match, and what is left unfilled."""
-    places = {name: value for name, value in model.state_dict().items() if name in parts}
+    all_places: dict[str, torch.Tensor | Packed] = {**model.state_dict(), **packed_weights(model)}
+    places = {name: value for name, value in all_places.items() if name in parts}
     size = {target: sum(reader.checkpoint.tensors[name].bytes for name in wanted[target].names) for target in wanted}
     done, total = 0, sum(size.values())
     for target, recipe in wanted.items():
@@ -204,12 +222,19 @@ def _values(
         yield name, parts.get(name, WHOLE).of(whole)
 
 
-def _copy(name: str, place: torch.Tensor, value: torch.Tensor) -> None:
-    if place.shape != value.shape:
+def _copy(name: str, place: torch.Tensor | Packed, value: torch.Tensor) -> None:
+    if tuple(place.shape) != tuple(value.shape):
         raise LoadError(f"{name!r}: the part for this rank is {list(value.shape)}, its place {list(place.shape)}")
     if value.dtype.is_floating_point != place.dtype.is_floating_point or value.dtype.itemsize < 2:
         raise LoadError(f"{name!r} is stored as {value.dtype}, which cannot become {place.dtype}")
-    place.copy_(value)
+    if isinstance(place, Packed):
+        place.fill(value)
+    else:
+        place.copy_(value)
+
+
+def finish(model: nn.Module) -> None:
+    """What is done to packed weights once all are there."""
 
 
 def put(model: nn.Module, name: str, module: nn.Module | nn.Parameter | None) -> None:

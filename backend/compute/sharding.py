@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from backend.compute.quantized.layer import PackedLinear
+from backend.compute.quantized.packed import Packed
 from backend.compute.tensor_parallel import VocabParallelHead
 from backend.compute.weights import WHOLE, Span
 from backend.errors import LoadError
@@ -25,7 +27,13 @@ def shard(model: PreTrainedModel, world: int, device: torch.device, dtype: torch
 
     Values of buffers are lost, and everything is cast to `dtype`: the caller puts right what must be otherwise.
     """
-    with _quiet():
+    split(model, world, dtype)
+    allocate(model, device)
+
+
+def split(model: PreTrainedModel, world: int, dtype: torch.dtype) -> None:
+    """The first half of `shard`: parameters stay on the meta device, so that what is replaced is never allocated."""
+    with _quiet(), _meta(model):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -35,6 +43,11 @@ def shard(model: PreTrainedModel, world: int, device: torch.device, dtype: torch
             )
         except (AssertionError, ValueError, RuntimeError) as error:
             raise LoadError(f"DeepSpeed cannot split {model.config.model_type}: {error}") from None
+
+
+def allocate(model: nn.Module, device: torch.device) -> None:
+    """The second half: places for all parameters that the model has by now. Values of buffers are lost."""
+    model.to_empty(device=device)
     stray = next((name for name, value in model.named_parameters() if value.device.type != device.type), None)
     if stray is not None:
         raise LoadError(f"DeepSpeed put {stray!r} on {model.get_parameter(stray).device}, not on {device}")
@@ -47,23 +60,43 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _meta(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed ends by allocating a model that is on the meta device; not meanwhile."""
+    vars(model)["to_empty"] = lambda **_: model
+    try:
+        yield
+    finally:
+        del vars(model)["to_empty"]
+
+
+def in_blocks(model: nn.Module) -> list[nn.Module]:
+    """All modules of the repeated blocks: of lists of modules, as transformers holds its layers."""
+    found = {
+        id(inner): inner for outer in model.modules() if isinstance(outer, nn.ModuleList) for inner in outer.modules()
+    }
+    return list(found.values())
+
+
 def spans(model: nn.Module, tied: bool) -> dict[str, Span]:
     """List this rank's part of every tensor that must be filled: parameters, and buffers that checkpoints hold."""
     found = dict.fromkeys(model.state_dict(), WHOLE)
     for path, module in model.named_modules():
-        for name, span in _layer_spans(module).items():
+        for name, span in layer_spans(module).items():
             found[f"{path}.{name}"] = span
         if isinstance(module, VocabParallelHead) and tied:
             del found[f"{path}.weight"]  # a view of the embedding
     return found
 
 
-def _layer_spans(module: nn.Module) -> dict[str, Span]:
+def layer_spans(module: nn.Module) -> dict[str, Span]:
     """List the parts of one layer's weight and bias, where they are not whole."""
     if isinstance(module, VocabParallelHead):
         rows = Span(0, module.rows.start, module.rows.stop)
         return {name: rows for name, _ in module.named_parameters()}
-    kind, layer = _kind(module), module
+    if isinstance(module, PackedLinear):
+        return module.spans
+    kind, layer = kind_of(module), module
     if kind == "whole":
         return {}
     if kind == "columns":
@@ -72,8 +105,10 @@ def _layer_spans(module: nn.Module) -> dict[str, Span]:
     return {name: span for name, _ in layer.named_parameters(recurse=False)}
 
 
-def _kind(module: nn.Module) -> str:
+def kind_of(module: nn.Module) -> str:
     """How DeepSpeed split a layer: whole, rows, columns, or fused: rows by a rule of its own."""
+    if isinstance(module, PackedLinear):
+        return module.kind
     from deepspeed.module_inject import layers
 
     kinds = {layers.LinearLayer: "rows", layers.LinearAllreduce: "columns"}
@@ -105,7 +140,7 @@ def _cut(layer: Any, whole: torch.Tensor) -> torch.Tensor:
 
 def check_split(model: PreTrainedModel, world: int) -> None:
     """LoadError where DeepSpeed split nothing that should have been."""
-    if world > 1 and not any(_kind(module) == "columns" for module in model.modules()):
+    if world > 1 and not any(kind_of(module) == "columns" for module in model.modules()):
         raise LoadError(f"DeepSpeed split nothing of {model.config.model_type}")
 
 
@@ -115,16 +150,16 @@ def check_shards(model: PreTrainedModel, world: int) -> None:
     if world == 1:
         return
     for path, module in model.named_modules():
-        if any(_kind(child) != "whole" for child in module.children()):
+        if any(kind_of(child) != "whole" for child in module.children()):
             _check_block(path, module)
 
 
 def _check_block(path: str, block: nn.Module) -> None:
     """One attention or MLP: split inputs lead into outputs that are summed, with nothing whole between them."""
-    kinds = {name: _kind(child) for name, child in block.named_children()}
+    kinds = {name: kind_of(child) for name, child in block.named_children()}
     split = {name: kind for name, kind in kinds.items() if kind != "whole"}
     columns = [name for name, kind in split.items() if kind == "columns"]
-    whole = [name for name, child in block.named_children() if type(child) is nn.Linear]
+    whole = [name for name, child in block.named_children() if _is_whole(child)]
     if not columns or len(columns) == len(split) or whole:
         raise LoadError(f"DeepSpeed split {path} only in part: {', '.join(whole or kinds)}")
     widths = {_shape(block, name)[0] for name, kind in split.items() if kind != "columns"}
@@ -137,9 +172,13 @@ def _check_block(path: str, block: nn.Module) -> None:
     _check_heads(path, block)
 
 
+def _is_whole(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear or (isinstance(layer, PackedLinear) and layer.kind == "whole")
+
+
 def _shape(block: nn.Module, name: str) -> tuple[int, ...]:
     weight = getattr(getattr(block, name, None), "weight", None)
-    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else ()
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor | Packed) else ()
 
 
 def _check_heads(path: str, block: nn.Module) -> None:
@@ -153,5 +192,5 @@ def _check_heads(path: str, block: nn.Module) -> None:
         raise LoadError(f"{path}: {q} query and {k} key/value heads on this rank, the model has {groups} to 1")
     for name, child in block.named_children():
         shape = _shape(block, name)
-        if len(shape) == 1 and shape[0] > size and _kind(child) == "whole":
+        if len(shape) == 1 and shape[0] > size and kind_of(child) == "whole":
             raise LoadError(f"{path}.{name} spans all heads, which no rank has")

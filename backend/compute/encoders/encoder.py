@@ -21,6 +21,8 @@ from backend.compute.encoders.inputs import Inputs
 from backend.compute.encoders.load import load_encoder
 from backend.compute.encoders.packing import Packing
 from backend.compute.proof import PARTS, allow, distance
+from backend.compute.offload.offload import Offload
+from backend.compute.quantized.scheme import scheme_of
 from backend.compute.room import Room
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
@@ -49,10 +51,16 @@ class Encoder:
         dtype = dtype_of(config, self._checkpoint)
         self._device, self._world = join(birth, progress), birth.world
         self._room = Room(self._device, birth.world)
-        self._model = load_encoder(self._checkpoint, self._task.auto, birth.world, self._device, dtype)
+        scheme = scheme_of(config)
+        offload = Offload.of(config, birth.world, self._device)
+        self._model = load_encoder(self._checkpoint, self._task.auto, birth.world, self._device, dtype, scheme, offload)
+        if offload:
+            progress(offload.told)
         self._model.config.use_cache = False  # decoders that embed would keep keys and values
         self._types, self._padding = self._kinds(), int(getattr(self._model.config, "pad_token_id", None) or 0)
         self._packing: Packing | None = None
+        if offload:
+            offload.prove(lambda: self._hidden(self._trial()))
         if self._packs(dtype):
             self._pack()
             self._graph(birth.world)

@@ -14,8 +14,11 @@ from transformers import PreTrainedModel
 
 from backend.checkpoint import Checkpoint
 from backend.compute import fused
-from backend.compute.load import build, fill, own_dtypes, put, restore, tie
-from backend.compute.sharding import check_split, shard, spans
+from backend.compute.load import build, fill, finish, own_dtypes, put, restore, tie
+from backend.compute.offload.offload import Offload
+from backend.compute.quantized.packed import Scheme
+from backend.compute.quantized.replace import replace
+from backend.compute.sharding import allocate, check_split, in_blocks, spans, split
 from backend.compute.weights import Reader, Recipe, recipes
 from backend.encoders import check_task
 
@@ -29,13 +32,19 @@ def load_encoder(
     world: int,
     device: torch.device,
     dtype: torch.dtype,
+    scheme: Scheme | None = None,
+    offload: Offload | None = None,
 ) -> PreTrainedModel:
     """Load this rank's shard of what transformers' class `auto` makes of the folder, in `dtype` on `device`.
+
+    `scheme`: how the linear layers of the repeated blocks are packed; None: not at all. `offload` holds the layers, if
+    it is there.
 
     `connect` must have been called. LoadError, of one line, for anything that would not give exactly the checkpoint's
     model.
     """
     check_task(checkpoint, world)
+    held = torch.device("meta") if offload else device
     model = build(checkpoint, getattr(transformers, auto), dtype, None)
     with Reader(checkpoint) as reader:
         wanted = recipes(model, checkpoint, optional=lambda name: bool(_HEADS.search(name)))
@@ -44,15 +53,23 @@ def load_encoder(
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         dtypes = own_dtypes(model, dtype)
         hidden = hide(model)
-        shard(model, world, device, dtype)
-        show(model, hidden, device)
+        split(model, world, dtype)
+        if scheme:
+            replace(model, scheme, dtypes, held)
+        allocate(model, held)
+        show(model, hidden, held)
         check_split(model, world)
         restore(model, buffers, dtypes, device)
         share(model, tied)
         parts = {name: span for name, span in spans(model, False).items() if name not in tied}
         if fused.pays(device, dtype):
             fused.merge(model)
-        fill(model, wanted, parts, reader)
+        if offload:
+            offload.allocate(model)
+        fill(model, wanted, parts, reader, offload.watched(lambda share: None) if offload else lambda share: None)
+    finish(model)
+    if offload:
+        offload.start()
     return model
 
 
@@ -77,9 +94,7 @@ def share(model: PreTrainedModel, tied: dict[str, str]) -> None:
 
 def hide(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Take linear layers outside the repeated blocks out of DeepSpeed's sight."""
-    blocks = {
-        id(inner) for module in model.modules() if isinstance(module, nn.ModuleList) for inner in module.modules()
-    }
+    blocks = set(map(id, in_blocks(model)))
     hidden: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if type(module) is nn.Linear and id(module) not in blocks
     }

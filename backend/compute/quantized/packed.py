@@ -6,6 +6,7 @@ integer form is DeepSpeed's (deepspeed.inference.quantization), bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,11 @@ from backend.errors import LoadError
 
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 FP8 = torch.float8_e4m3fn
+AT_ONCE = 1 << 22
+"""Elements that are rounded at a time: what that takes beside the weight is some float32 copies of them."""
+
+Agree = Callable[[Tensor], Tensor]
+"""The largest absolute values of a rank's rows [N, 1] to those of the whole rows."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Packed:
     dtype: torch.dtype
     """Of the full weight."""
     divides: bool = False
+    agree: Agree | None = None
+    """Where the columns are split among ranks and a row has one scale: so that it is the same on all of them."""
 
     @classmethod
     def empty(cls, scheme: Scheme, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Packed:
@@ -87,10 +95,25 @@ class Packed:
         offset = None if self.offset is None else self.offset[start:stop]
         return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], offset=offset)
 
+    def agreed(self, agree: Agree) -> Packed:
+        """The same places, of which other ranks hold the rest of each row."""
+        return replace(self, agree=agree)
+
+    def slices(self, elements: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of about so many elements each."""
+        rows, width = self.shape
+        step = max(1, elements // width)
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
     def fill(self, full: Tensor) -> None:
         """Round a full weight [N, K] into this one's places. It is computed in the full weight's own precision."""
-        made = pack(full.to(self.dtype), self.scheme)
-        self.take(made)
+        if tuple(full.shape) != self.shape:
+            raise LoadError(f"a weight {list(full.shape)} does not fit {list(self.shape)}")
+        full = full.to(self.device)
+        largest = None if self.agree is None else self.agree(_largest(full[:, None].to(self.dtype)))
+        for start, stop in self.slices(AT_ONCE):
+            part = full[start:stop].to(self.dtype)
+            self.rows(start, stop).take(pack(part, self.scheme, None if largest is None else largest[start:stop]))
 
     def take(self, other: Packed) -> None:
         """Copy another one's tensors into these places; LoadError unless it has the same form."""
@@ -113,38 +136,75 @@ class Packed:
 
     def _codes(self) -> Tensor:
         """[N, groups, columns], centred if there is no offset."""
-        codes = self.codes
-        if self.scheme.bits == 4:
-            codes = torch.stack([codes >> 4, codes & 15], dim=-1).flatten(1)
+        codes = unpaired(self.codes) if self.scheme.bits == 4 else self.codes
         if self.scheme.kind == "fp8":
-            codes = codes.float()
+            codes = widened(codes)
         elif self.offset is None:
-            codes = codes.short() - (1 << self.scheme.bits - 1)
+            codes = codes.float() - (1 << self.scheme.bits - 1)
         return codes.reshape(len(codes), self.scale.shape[1], -1)
 
 
-def pack(full: Tensor, scheme: Scheme) -> Packed:
-    """The weight [N, K] rounded, on its own device."""
+def joined(parts: Sequence[Packed]) -> Packed:
+    """Empty places for the rows of all parts, which have one form."""
+    first = parts[0]
+    rows = sum(part.shape[0] for part in parts)
+
+    def more(like: Tensor) -> Tensor:
+        return like.new_empty(rows, like.shape[1])
+
+    offset = None if first.offset is None else more(first.offset)
+    return replace(first, codes=more(first.codes), scale=more(first.scale), offset=offset)
+
+
+def unpaired(codes: Tensor) -> Tensor:
+    """uint8 [N, K / 2] of two codes a byte -> uint8 [N, K]"""
+    wide = codes.to(torch.int16)
+    return (wide >> 4 | (wide & 15) << 8).view(torch.uint8)  # the lower byte comes first
+
+
+def widened(codes: Tensor) -> Tensor:
+    """float8 to float32 by its bits: torch's own conversion on CPU is some ten times slower. No NaN."""
+    bits = codes.view(torch.uint8).to(torch.int16)
+    half = ((bits & 127) << 7 | bits << 8 & -(1 << 15)).view(torch.float16)  # exponents of 2 ** 8 less
+    return half.float() * 256
+
+
+def pack(full: Tensor, scheme: Scheme, largest: Tensor | None = None) -> Packed:
+    """The weight [N, K] rounded, on its own device; `largest` [N, groups] in place of its own absolute values'."""
     grouped = full.unflatten(1, (-1, scheme.columns(full.shape[1])))  # [N, groups, columns]
     if scheme.kind == "fp8":
-        return _float(full, grouped, scheme)
-    codes, scale, offset = _symmetric(grouped, scheme.bits) if scheme.symmetric else _asymmetric(grouped, scheme.bits)
+        return _float(full, grouped, scheme, largest)
+    if scheme.symmetric:
+        codes, scale, offset = _symmetric(grouped, scheme.bits, largest)
+    else:
+        codes, scale, offset = _asymmetric(grouped, scheme.bits)
     codes = codes.flatten(1)
     if scheme.bits == 4:
         codes = codes[:, 0::2] << 4 | codes[:, 1::2]
     return Packed(scheme, codes, scale, offset, full.dtype, divides=not scheme.symmetric)
 
 
-def _float(full: Tensor, grouped: Tensor, scheme: Scheme) -> Packed:
-    largest = torch.finfo(FP8).max
-    scale = grouped.float().abs().amax(-1).clamp(min=1e-12) / largest
-    codes = (grouped.float() / scale[..., None]).clamp(-largest, largest).to(FP8)
+def _largest(grouped: Tensor) -> Tensor:
+    """[N, groups, columns] -> [N, groups]"""
+    low, high = grouped.aminmax(dim=-1)
+    return torch.maximum(-low, high)
+
+
+def _scale(grouped: Tensor, largest: Tensor | None, steps: float) -> Tensor:
+    found = _largest(grouped) if largest is None else largest
+    return found.float().clamp(min=1e-12) / steps
+
+
+def _float(full: Tensor, grouped: Tensor, scheme: Scheme, largest: Tensor | None) -> Packed:
+    most = torch.finfo(FP8).max
+    scale = _scale(grouped, largest, most)
+    codes = (grouped.float() / scale[..., None]).clamp(-most, most).to(FP8)
     return Packed(scheme, codes.flatten(1), scale, None, full.dtype)
 
 
-def _symmetric(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor, None]:
+def _symmetric(grouped: Tensor, bits: int, largest: Tensor | None) -> tuple[Tensor, Tensor, None]:
     half = 1 << bits - 1
-    scale = grouped.float().abs().amax(-1).clamp(min=1e-12) / (half - 1)
+    scale = _scale(grouped, largest, half - 1)
     codes = (grouped.float() / scale[..., None]).round_().clamp_(-half, half - 1) + half
     return codes.to(torch.uint8), scale, None
 
