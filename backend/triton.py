@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from backend import parent
 from backend.blame import tell
+from backend.departure import Departure
 from backend.errors import InvalidInput, ServingError, serving
 from backend.metrics import COUNTER, GAUGE
 from backend.spans import VARIABLE
@@ -70,6 +71,10 @@ def parameters(request: Any) -> dict[str, Any]:
     return {**given, "timeout": request.timeout()} if request.timeout() else given
 
 
+OPEN: set[Asked] = set()
+"""Requests that have not been ended."""
+
+
 class Asked:
     """One request and the way back to its caller; whoever has it ends it exactly once: `answer`, `end` or `fail`.
 
@@ -78,6 +83,7 @@ class Asked:
     """
 
     def __init__(self, request: Any) -> None:
+        OPEN.add(self)
         self._request: Any = request
         self._sender: Any = request.get_response_sender()
         self.request_id: str = request.request_id()
@@ -120,6 +126,7 @@ class Asked:
         sender, self._sender, self._request = self._sender, None, None
         if sender is None:
             raise ServingError("the request has been ended already")
+        OPEN.discard(self)
         sender.send(*response, flags=FINAL)
 
 
@@ -153,6 +160,24 @@ def failure(error: ServingError) -> Any:
     return pb_utils.TritonError(error.wire(), getattr(pb_utils.TritonError, error.code))
 
 
+def departure(args: Mapping[str, str], leave: Callable[[], None]) -> Departure:
+    """Of this stub's model."""
+    name, version = args["model_name"], args["model_version"]
+
+    def serving() -> bool:
+        try:
+            return not parent.lives() or bool(pb_utils.is_model_ready(model_name=name, model_version=version))
+        except Exception as error:  # the server is ending, say
+            log.debug("no answer whether the model is ready", exc_info=error)
+            return True
+
+    def forgotten() -> None:
+        reporter(name)("out of service, and still held by the server: its ranks end")
+        leave()
+
+    return Departure(serving, lambda: not OPEN, forgotten)
+
+
 PUSH = 1.0
 """Seconds between two pushes; each number costs about 20 µs."""
 
@@ -160,11 +185,12 @@ PUSH = 1.0
 class Exporter:
     """Brings a tally into Triton's metrics, from a thread of its own. To be made in `initialize`, ended in `finalize`.
 
-    A server without metrics serves without them.
+    A server without metrics serves without them. The same thread calls `leave` once Triton has forgotten the model.
     """
 
-    def __init__(self, args: Mapping[str, str], tally: Tally) -> None:
+    def __init__(self, args: Mapping[str, str], tally: Tally, leave: Callable[[], None] = lambda: None) -> None:
         self._tally = tally
+        self._departure = departure(args, leave)
         self._labels = {"model": args["model_name"], "version": args["model_version"]}
         self._families: list[Any] = []
         self._series: dict[tuple[str, str], Any] = {}
@@ -204,6 +230,7 @@ class Exporter:
     def _run(self) -> None:
         while not self._closing.wait(PUSH):
             self._push()
+            self._departure.look()
         self._push(last=True)
 
     def _push(self, last: bool = False) -> None:

@@ -146,8 +146,36 @@ def test_the_end_lets_go_of_tritons_objects(triton, end, breaks):
     sender = Sender(breaks)
     held = sys.getrefcount(sender)
     asked = triton.Asked(Asking(sender))
+    assert {asked} == triton.OPEN
     assert isinstance(caught(lambda: end(asked)), ValueError if breaks else type(None))
     assert sender.flags == [triton.FINAL]
-    assert sys.getrefcount(sender) == held
+    assert sys.getrefcount(sender) == held and not triton.OPEN
     assert "ended already" in str(caught(asked.end))
     assert sender.flags == [triton.FINAL]
+
+
+def test_a_model_that_triton_has_forgotten_leaves(triton, monkeypatch, capsys):
+    """Asked for by name; no answer means that it is still in service, and what has an open request is."""
+    answers, left, asked = [True, False, False, RuntimeError("the server ends"), False, False], [], []
+
+    def ready(**given):
+        asked.append(given)
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return answer
+
+    triton.pb_utils.is_model_ready = ready
+    monkeypatch.setattr("backend.departure.LOOK", 0.0)
+    monkeypatch.setattr("backend.departure.PATIENCE", 0.0)
+    departure = triton.departure({"model_name": "m", "model_version": "3"}, lambda: left.append(1))
+    waiting = triton.Asked(Asking(Sender()))
+    departure.look()
+    departure.look()
+    waiting.end()
+    for _ in range(3):
+        departure.look()
+    assert not left
+    departure.look()
+    departure.look()
+    assert left == [1] and not answers and asked == [{"model_name": "m", "model_version": "3"}] * 6
+    assert "m | out of service" in capsys.readouterr().out

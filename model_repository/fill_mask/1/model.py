@@ -14,7 +14,7 @@ class TritonPythonModel:
     def initialize(self, args):
         self.service = Service(TASK, EngineConfig.from_triton(args), reporter(args["model_name"]))
         self.service.start()
-        self.exporter = Exporter(args, self.service.tally)
+        self.exporter = Exporter(args, self.service.tally, self.service.close)
 
     def execute(self, requests):  # answers later, so that the next batch is prepared while this one is computed
         self.service.serve([Asked(request) for request in requests])

@@ -9,7 +9,7 @@ class TritonPythonModel:
     def initialize(self, args):
         self.service = Service(EngineConfig.from_triton(args), reporter(args["model_name"]))
         self.service.start()
-        self.exporter = Exporter(args, self.service.tally)
+        self.exporter = Exporter(args, self.service.tally, self.service.close)
 
     def execute(self, requests):  # returns at once; each request is answered as its text comes
         self.service.serve([Asked(request) for request in requests])

@@ -1,0 +1,48 @@
+"""Departure: ends a model that its server has taken out of service untold. It knows neither Triton nor ranks.
+
+Triton unloads a model when nothing refers to it any more. 2.51 never lets go of a gRPC stream that its caller cancelled
+between the last response and the stream's end: the model then stays UNLOADING until the server ends, `finalize` is not
+called, and the ranks would keep their devices' memory for good. So whoever is out of service, and has long had nothing
+to do, ends by itself; should `finalize` come after all, there is less left to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+LOOK = 2.0
+"""Seconds between two questions to the server, each of which takes 0.1 ms."""
+PATIENCE = 20.0
+"""Seconds out of service and without a request, until it counts as forgotten."""
+
+
+class Departure:
+    """`look` is to be called now and then, by one thread."""
+
+    def __init__(self, serving: Callable[[], bool], idle: Callable[[], bool], leave: Callable[[], None]) -> None:
+        """`serving` asks the server, `idle` says whether nothing is to be answered; `leave` is called once."""
+        self._serving, self._idle, self._leave = serving, idle, leave
+        self._served = self._left = False
+        self._next = 0.0
+        self._since: float | None = None
+
+    def look(self) -> None:
+        """Leave, if it is time to."""
+        now = time.monotonic()
+        if self._left or now < self._next:
+            return
+        self._next = now + LOOK
+        if not self._forgotten():
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif now - self._since >= PATIENCE:
+            self._left = True
+            self._leave()
+
+    def _forgotten(self) -> bool:
+        """A model that is still being loaded is not in service either."""
+        serving, idle = self._serving(), self._idle()
+        self._served |= serving or not idle
+        return self._served and idle and not serving
