@@ -7,11 +7,13 @@ really take they say themselves once they are loaded.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
+from backend import held
 from backend.checkpoint import Checkpoint, Geometry, check_family, dtype_name, share_heads
 from backend.config import EngineConfig
 from backend.devices import KV_CACHE_FRACTION, resolved
@@ -62,6 +64,8 @@ class Fit:
     kv_tokens: int = 0
     """Tokens that the KV cache will hold."""
     max_model_len: int = 0
+    moved: int = 0
+    """Weights that come from host memory or disk in each step."""
 
     @property
     def libraries(self) -> int:
@@ -91,6 +95,8 @@ class Fit:
             f"{self.model_type}: {self.ranks} x {self.device}, {kind}{heads}",
             f"each rank: {', '.join(parts)}: {gib(self.peak)} of {gib(self.free)} free",
         ]
+        if self.moved:
+            lines.append(f"offload: {gib(self.moved)} of weights come to each rank's device in a step")
         if self.kv_token:
             lines.append(f"KV cache: {self.kv_tokens} tokens, {self.kv_token} bytes a token and rank")
             lines.append(f"longest text: {self.max_model_len} tokens")
@@ -118,10 +124,10 @@ def _of_generate(config: EngineConfig, checkpoint: Checkpoint) -> Fit:
     device, free = _devices(config)
     dtype = dtype_name(config, checkpoint, device)
     machine, item = resolved(config), ITEMSIZE[dtype]
-    weights = weight_bytes(checkpoint.tensors.values(), config, item, heads[0] / sum(heads))
+    weights, moved = _weights(checkpoint, config, device, item, heads[0] / sum(heads))
     wide = _activations(checkpoint, item, config.tensor_parallel)
     logits = config.max_sequences * checkpoint.vocab_size
-    graphs = _GRAPHS + config.max_sequences * wide + logits * item if device == "cuda" and config.cuda_graphs else 0
+    graphs = _GRAPHS + config.max_sequences * wide + logits * item if device == "cuda" and machine.cuda_graphs else 0
     step = machine.step_tokens * wide + (logits * _SAMPLED if device == "cuda" else 0)
     kept = 1 if config.kv_cache_dtype == "fp8" else item
     kv_token = 2 * geometry.layers * heads[0] * geometry.head_dim * kept
@@ -129,7 +135,7 @@ def _of_generate(config: EngineConfig, checkpoint: Checkpoint) -> Fit:
     length = _length(config, checkpoint, kv_tokens)
     fit = Fit(
         checkpoint.model_type, device, dtype, len(heads), free, weights, step, graphs, config.quantization, heads,
-        kv_token, min(kv_tokens, config.max_sequences * length), length,
+        kv_token, min(kv_tokens, config.max_sequences * length), length, moved,
     )  # fmt: skip
     _check_memory(fit, config.num_blocks * config.block_size or config.block_size)
     _check(
@@ -144,10 +150,10 @@ def _of_encoder(config: EngineConfig, checkpoint: Checkpoint) -> Fit:
     device, free = _devices(config)
     dtype = dtype_name(config, checkpoint, device)
     item, ranks = ITEMSIZE[dtype], config.tensor_parallel
-    weights = weight_bytes(checkpoint.tensors.values(), config, item, 1 / ranks)
+    weights, moved = _weights(checkpoint, config, device, item, 1 / ranks)
     tokens = config.step_tokens or (16384 if device == "cuda" else 512)
     step = tokens * _activations(checkpoint, item, ranks)
-    return Fit(checkpoint.model_type, device, dtype, ranks, free, weights, step, 0, config.quantization)
+    return Fit(checkpoint.model_type, device, dtype, ranks, free, weights, step, 0, config.quantization, moved=moved)
 
 
 def _of_images(config: EngineConfig, folder: Path) -> Fit:
@@ -164,16 +170,33 @@ _PIXEL = 256
 """Values of a pixel in a VAE's widest layer, its input and its output."""
 
 
+def _weights(
+    checkpoint: Checkpoint, config: EngineConfig, device: str, itemsize: int, attention: float
+) -> tuple[int, int]:
+    """What the first rank's device holds, and what it gets each step from elsewhere, for which there must be room."""
+    weights, moved = held.split(_sizes(checkpoint.tensors.values(), config, itemsize, attention), config)
+    if config.offload != "cpu":
+        return weights, moved
+    if device == "cpu":
+        return weights + moved, moved
+    free = _host_memory() // config.tensor_parallel
+    _check(moved <= free, f"offload cpu needs {gib(moved)} of host memory a rank and {gib(free)} is free")
+    return weights, moved
+
+
 def weight_bytes(tensors: Any, config: EngineConfig, itemsize: int, attention: float) -> int:
+    """All that the first rank has of the weights."""
+    return ceil(sum(size for _, size in _sizes(tensors, config, itemsize, attention)))
+
+
+def _sizes(tensors: Any, config: EngineConfig, itemsize: int, attention: float) -> Iterator[tuple[str, float]]:
     """Of the first rank: attention (its share) by heads, other matrices evenly, embeddings, experts, vectors whole."""
-    total = 0.0
     for tensor in tensors:
         linear = len(tensor.shape) == 2 and not any(part in tensor.name for part in _NOT_LINEAR)
         own = attention if "attn" in tensor.name or "attention" in tensor.name else 1 / config.tensor_parallel
         packed = linear and config.quantization and _REPEATED.search(tensor.name)
         size = packed_bytes(tensor, config, itemsize) if packed else tensor.numel * itemsize
-        total += size * (own if linear else 1.0)
-    return ceil(total)
+        yield tensor.name, size * (own if linear else 1.0)
 
 
 def packed_bytes(tensor: Tensor, config: EngineConfig, itemsize: int) -> float:

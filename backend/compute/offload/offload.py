@@ -21,9 +21,8 @@ from backend.compute.offload.transfers import transfers
 from backend.config import EngineConfig
 from backend.devices import free_host_memory
 from backend.errors import LoadError
+from backend.held import SLOTS, residents
 
-SLOTS = 2
-"""One whose layer computes, one whose layer is on its way: with more the link is no busier."""
 TIDY_BYTES = 64 << 20
 """Of the checkpoint read, after which what is on disk leaves memory."""
 
@@ -150,19 +149,12 @@ def _divided(layers: list[list[Place]], every: list[Place]) -> tuple[list[Layout
 
 
 def _residents(sizes: list[int], fixed: int, cap: int) -> set[int]:
-    """Which layers stay on the device, evenly spread: as few as can be, or with a cap as many as fit below it.
-
-    The others fill their slots in turn, so their number is a multiple of the slots'.
-    """
+    """Which layers stay on the device, evenly spread; LoadError where a step needs more than the cap."""
     count, largest = len(sizes), max(sizes)
-    if count <= SLOTS or (cap and fixed + sum(sizes) <= cap):
-        least, staying = fixed + sum(sizes), count
+    if count <= SLOTS or 0 < fixed + sum(sizes) <= cap:
+        staying, least = count, fixed + sum(sizes)
     else:
-        least = fixed + (SLOTS + count % SLOTS) * largest
-        more = max(0, cap - least) // (SLOTS * largest) * SLOTS
-        staying = min(count % SLOTS + more, count - SLOTS)
+        staying, least = residents(count, largest, fixed, cap), fixed + (SLOTS + count % SLOTS) * largest
     if cap and least > cap:
-        raise LoadError(
-            f"device_memory of {cap >> 20} MiB is too little: a step needs {-(-least >> 20)} MiB of weights"
-        )
+        raise LoadError(f"device_memory of {cap >> 20} MiB is too little: a step needs {-(-least >> 20)} MiB")
     return {index * count // staying for index in range(staying)}
