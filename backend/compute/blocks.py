@@ -185,15 +185,21 @@ def _tried(model: Any, layers: Any, blocks: dict[int, Block], cache: KVCache, wo
             positions = torch.arange(tokens, device=cache.device)[None]
             model(input_ids=ids, position_ids=positions, use_cache=False, step=_trial_step(cache, tokens))
         for index, block in blocks.items():
-            good[index] *= _agrees(block, *seen[index])
+            good[index] *= _agrees(layers[index], block, *seen[index])
     if world > 1:
         torch.distributed.all_reduce(good, torch.distributed.ReduceOp.MIN)
     return [index for index, agrees in enumerate(good.tolist()) if agrees]
 
 
-def _agrees(block: Block, hidden: Tensor, named: dict[str, Any], want: Tensor) -> bool:
-    """Whether the block adds to `hidden` what its layer added."""
-    result = block(hidden.clone(), **named)
+def _agrees(layer: Any, block: Block, hidden: Tensor, named: dict[str, Any], want: Tensor) -> bool:
+    """Whether the block adds to `hidden` what its layer added; called as the layer, whose weights may have to come."""
+    before, layer.forward = vars(layer).get("forward"), block
+    try:
+        result = layer(hidden.clone(), **named)
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
     error, added = (result - want).abs().max(), (want - hidden).abs().max()
     allowed = _CLOSE[want.dtype] * added + 2 * torch.finfo(want.dtype).eps * want.abs().max()
     return bool(error <= allowed)

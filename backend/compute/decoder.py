@@ -20,6 +20,7 @@ from backend.compute.cache import KVCache, bytes_per_block, kept_as, probe
 from backend.compute.dense.base import ops
 from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
+from backend.compute.offload.offload import Offload
 from backend.compute.proof import check, plain_modules
 from backend.compute.room import Room, nothing, told
 from backend.compute.sampler import BROKEN, Sampler
@@ -44,7 +45,12 @@ class Decoder:
         self._device = join(birth, progress)
         self._kept = kept_as(birth.config.kv_cache_dtype, self._dtype, self._device)
         self._room = Room(self._device, birth.world)
-        self._model = load(birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share())
+        self._offload = Offload.of(birth.config, birth.world, self._device)
+        self._model = load(
+            birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share(), offload=self._offload
+        )
+        if self._offload:
+            self._progress(self._offload.told)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what merging projections let go of
         self._specs = probe(self._model, self._device)
@@ -109,6 +115,8 @@ class Decoder:
             self._run(decode(size))
             self._progress(f"warm-up: decode of {size} sequences, {done + 1} of {len(captured)}")
         self._room.hold(self._room.bytes(config.step_tokens, config.max_sequences))  # captures gave it back
+        if self._offload:
+            self._offload.prove(lambda: self._proof(None, graphs=False))
         return self.prove()
 
     @torch.inference_mode()
