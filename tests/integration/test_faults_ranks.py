@@ -65,7 +65,7 @@ def test_a_model_that_cannot_be_restarted_stays_failed_and_the_others_serve(serv
         eventually(lambda: served.health() == lost)
         assert gone(served.processes(f"/{name}/")) == [] and text(served, "tiny")
         aside.rename(weights)
-        eventually(lambda: indexed(served, name) == ("READY", ""), 90)
+        eventually(lambda: indexed(served, name) == ("READY", ""), 180)
         assert text(served, name) == before
         eventually(lambda: served.health() is None)
 
