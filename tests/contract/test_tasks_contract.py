@@ -47,7 +47,8 @@ def test_every_task_exports_its_metrics_while_it_serves(task):
     (model,) = (node for node in ast.parse((REPOSITORY / task / "1" / "model.py").read_text()).body
                 if isinstance(node, ast.ClassDef))  # fmt: skip
     lines = {each.name: [ast.unparse(line) for line in each.body] for each in model.body}
-    assert lines["initialize"][1:] == ["self.service.start()", "self.exporter = Exporter(args, self.service.tally)"]
+    exporter = "self.exporter = Exporter(args, self.service.tally, self.service.close)"
+    assert lines["initialize"][1:] == ["self.service.start()", exporter]
     assert lines["finalize"] == ["self.service.close()", "self.exporter.close()"]
 
 

@@ -140,7 +140,7 @@ def report(served, name, clients, **states):
     """For docs/performance.md."""
     counts = sum((client.counts for client in clients), Counter())
     gaps = sorted(gap for client in clients for gap in client.gaps)
-    ends = {key: value for key, value in metrics(served).items() if name in key and "finished_reason" in key}
+    ends = {key: value for key, value in metrics(served).items() if name in key and "request_success_total" in key}
     line = {"seconds": SECONDS, "counts": counts, "ends": ends, "gaps": len(gaps)} | states
     if gaps:
         line["gap ms p50, p99, max"] = [round(1e3 * gaps[int(part * (len(gaps) - 1))], 1) for part in (0.5, 0.99, 1)]
