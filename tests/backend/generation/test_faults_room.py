@@ -31,7 +31,7 @@ def engine(request, tmp_path_factory):
         environment.setenv("TRITONSPEED_PYTHON", sys.executable)
         config = EngineConfig(
             model=str(folder), device="cpu", threads=1, tensor_parallel=request.param, max_sequences=6, block_size=4,
-            step_tokens=STEP_TOKENS, step_timeout=600.0,
+            step_tokens=STEP_TOKENS, step_timeout=120.0,
         )  # fmt: skip
         lines = []
         engine = Engine(config, lines.append, "failing_decoder:FailingDecoder")
