@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from fake_triton import Failure, row, until
@@ -136,6 +137,7 @@ def test_serve_hands_everything_on(monkeypatch):
 def start(server, *arguments, **options):
     command = [sys.executable, "-m", "client.cli", "generate", "--host", "127.0.0.1", "--port", str(server.port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"env": os.environ | {"PYTHONFAULTHANDLER": "1"}, **options}
     return subprocess.Popen([*command, *arguments], **pipes, **options)
 
 
@@ -154,13 +156,13 @@ def test_ctrl_c_cancels_the_request(server):
 
 
 def interrupted(process):
-    """Ctrl-C, and once more: gRPC's own code may swallow the first (seen in one run of many)."""
-    process.send_signal(signal.SIGINT)
-    try:
-        return process.communicate(timeout=10)
-    except subprocess.TimeoutExpired:
+    """Ctrl-C, and again: gRPC's own code may swallow the first (seen in one run of many)."""
+    for _ in range(3):
         process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=20)
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=20)
+    process.send_signal(signal.SIGABRT)  # faulthandler tells where each thread is
+    raise AssertionError(process.communicate(timeout=20)[1])
 
 
 def test_a_reader_that_leaves_ends_it_quietly(server):
@@ -168,7 +170,7 @@ def test_a_reader_that_leaves_ends_it_quietly(server):
     with start(server, "x") as process:
         assert process.stdout.read(5) == "more "
         process.stdout.close()
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
         assert process.stderr.read() == ""
     assert until(server.requests[0].gone.is_set)
 

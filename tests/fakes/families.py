@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ def inputs() -> torch.Tensor:
     return torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
+@cache
 def expected(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Compute the logits of plain transformers.  # [2, 24, vocab]"""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=dtype)

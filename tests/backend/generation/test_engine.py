@@ -274,7 +274,9 @@ def test_what_waits_ends_when_the_model_has_failed_for_good(make, folder):
         kept = Kept(engine)
         with pytest.raises(EngineDown, match="failed for good"):
             taken(kept.good)
-        assert engine.check() == 0 and engine.tally.finished["error"] == 6
+        assert engine.check() == 0  # on a busy machine the late one's own limit ends it first
+        ended = engine.tally.finished
+        assert ended["error"] + ended["deadline"] == 6 and ended["deadline"] <= 1
         kept.leave()
     finally:
         (folder / "refuse").unlink()

@@ -38,11 +38,14 @@ def make(world, lines=None, **parameters):
     return RankGroup(config, "toy_worker:Toy", (lines if lines is not None else []).append)
 
 
-def look_after(group):
-    """As an owner without work does, for five seconds."""
-    for _ in range(100):
+def look_after(group, enough=lambda: False):
+    """As an owner without work does, for twenty seconds or until it is enough."""
+    for _ in range(400):
+        if enough():
+            return
         time.sleep(0.05)
         group.check()
+    raise AssertionError("nothing in twenty seconds")
 
 
 def children():
@@ -110,7 +113,7 @@ def test_one_rank_that_raises_fails_the_call_though_the_others_are_busy(group):
 def test_a_death_while_idle_is_noticed(group):
     group.check()
     os.kill(group.pids[1], signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(group.pids[1])], timeout=5)
+    psutil.wait_procs([psutil.Process(group.pids[1])], timeout=30)
     with pytest.raises(EngineDown, match="rank 1"):
         group.check()
 
@@ -118,8 +121,8 @@ def test_a_death_while_idle_is_noticed(group):
 @pytest.mark.parametrize("number", [signal.SIGSTOP])
 def test_a_hung_rank_is_named_when_its_time_is_up(group, number):
     os.kill(group.pids[1], number)
-    with pytest.raises(EngineDown, match=r"rank 1 has not answered for 0\.5 s"):
-        group.call("add", 1, 1, timeout=0.5)
+    with pytest.raises(EngineDown, match=r"rank 1 has not answered for 2 s"):
+        group.call("add", 1, 1, timeout=2)
 
 
 def test_the_time_since_the_question_counts_and_is_named(group):
@@ -141,13 +144,14 @@ def test_a_hung_rank_that_takes_no_questions_is_named_too():
 
 
 def test_idle_ranks_are_asked_for_a_sign_of_life_and_go_on_answering():
-    group = make(2, heartbeat_timeout=0.2)
+    group = make(2, heartbeat_timeout=60)
     group.start()
     try:
         for _ in range(3):
-            time.sleep(0.11)  # half of the limit
+            group._pulse._since -= 10  # as long as if it had been idle
+            assert group._pulse.due
             group.check()
-            assert not group._pulse.owing
+            look_after(group, lambda: not group._pulse.owing)
             assert group.call("add", 1, 2) == [3, 4]
     finally:
         group.close()
@@ -165,11 +169,11 @@ def test_an_answer_that_comes_before_a_late_sign_of_life_is_not_mistaken(group):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_while_idle_is_noticed(rank):
-    group = make(2, heartbeat_timeout=0.5)
+    group = make(2, heartbeat_timeout=2)  # long enough for the other one
     group.start()
     try:
         os.kill(group.pids[rank], signal.SIGSTOP)
-        with pytest.raises(EngineDown, match=rf"rank {rank} has given no sign of life for 0\.5 s"):
+        with pytest.raises(EngineDown, match=rf"rank {rank} has given no sign of life for 2 s"):
             look_after(group)
     finally:
         group.close()
@@ -212,7 +216,7 @@ def test_ranks_die_with_their_parent(tmp_path):
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2 and all(map(psutil.pid_exists, pids))
         parent.kill()
-    _gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=2)
+    _gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
     assert not alive
 
 
