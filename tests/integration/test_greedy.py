@@ -33,9 +33,11 @@ from backend.generation.plan import History, Sampling
 from backend.generation.request import Request
 
 ROOT = Path(__file__).parents[2]
-NEW, FEW, TIE, MOST_TIES = 16, 8, 1e-3, 2
+NEW, FEW, TIE, MOST_TIES = 16, 4, 1e-3, 2
 """New tokens of each prompt; of those asked one after the other; a near tie's logits; prompts that may have one."""
-LENGTHS = (1500, 900, 512, 340, 200, 129, 128, 127, 96, 65, 64, 63, 50, 40, 34, 33, 32, 31, 24, 20, 18, 17, 16, 15)
+BATCH = 13
+"""Short prompts that transformers answers at once."""
+LENGTHS = (1500, 513, 340, 256, 200, 129, 128, 127, 96, 65, 64, 63, 50, 40, 34, 33, 32, 31, 24, 20, 18, 17, 16, 15)
 """Tokens of the prompts cut from a long text; many at the borders of blocks."""
 
 ZEN = codecs.decode(this.s, "rot13").splitlines()
@@ -134,8 +136,9 @@ def prompt_ids(row: Row) -> list[int]:
 class Draw(transformers.LogitsProcessor):
     """Leaves one token possible: that which the sampler draws from these logits."""
 
-    def __init__(self, how: Row, prompt: list[int], vocabulary: int) -> None:
-        self.how, self.length = how, len(prompt)
+    def __init__(self, how: Row, prompt: list[int], length: int, vocabulary: int) -> None:
+        """The prompt, and how long it is once filled up."""
+        self.how, self.length = how, length
         self.sampler = Sampler(vocabulary, 1, "cpu")
         self.histories = [History(0, np.array(prompt, np.int32), np.zeros(0, np.int32))]
         self.slot = np.zeros(1, np.int32)
@@ -159,30 +162,65 @@ class Draw(transformers.LogitsProcessor):
         )  # fmt: skip
 
 
+class Draws(transformers.LogitsProcessor):
+    """A Draw for each row."""
+
+    def __init__(self, draws: list[Draw]) -> None:
+        self.draws = draws
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.cat([draw(input_ids, row[None]) for draw, row in zip(self.draws, scores, strict=True)])
+
+
 @pytest.fixture(scope="session")
 def model(smollm2: Path) -> Any:
     torch.set_num_threads(1)
     return transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
 
 
-def generate(model: Any, ids: list[int], *processors: Any) -> tuple[list[int], list[float]]:
-    """New tokens, and by how much each logit was ahead of the next."""
-    prompt = torch.tensor([ids])
+Generated = tuple[list[int], list[float]]
+"""New tokens, and by how much each logit was ahead of the next."""
+
+
+def generate(model: Any, prompts: list[list[int]], how: list[Row] | None = None) -> list[Generated]:
+    """By transformers, greedily or sampled; short prompts are filled up from the left and share a batch."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    found: dict[int, Generated] = {}
+    while order:
+        size = 1 if len(prompts[order[0]]) > 150 else BATCH
+        batch, order = order[:size], order[size:]
+        made = _batch(model, [prompts[i] for i in batch], [how[i] for i in batch] if how else None)
+        found |= zip(batch, made, strict=True)
+    return [found[i] for i in range(len(prompts))]
+
+
+def _batch(model: Any, prompts: list[list[int]], how: list[Row] | None) -> list[Generated]:
+    length, eos = max(map(len, prompts)), tokenizer().eos_token_id
+    fill = [length - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[eos] * n + prompt for n, prompt in zip(fill, prompts, strict=True)])
+    mask = torch.tensor([[0] * n + [1] * (length - n) for n in fill])
+    vocabulary = model.config.vocab_size
+    draws = [Draw(row, prompt, length, vocabulary) for row, prompt in zip(how or [], prompts, strict=bool(how))]
     with torch.inference_mode():
         out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False,
-            output_logits=True, return_dict_in_generate=True, logits_processor=list(processors),
+            ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=eos,
+            output_logits=True, return_dict_in_generate=True, logits_processor=[Draws(draws)] if draws else [],
         )  # fmt: skip
-    leads = [float(best[0] - second[0]) for best, second in (step[0].topk(2).values[:, None] for step in out.logits)]
-    return out.sequences[0, len(ids) :].tolist(), leads
+    best = torch.stack(out.logits, 1).topk(2).values  # [rows, new tokens, 2]
+    leads = (best[..., 0] - best[..., 1]).tolist()
+    ends = [_until(tokens, eos) for tokens in out.sequences[:, length:].tolist()]
+    return [(tokens, lead[: len(tokens)]) for tokens, lead in zip(ends, leads, strict=True)]
+
+
+def _until(tokens: list[int], last: int) -> list[int]:
+    return tokens[: tokens.index(last) + 1] if last in tokens else tokens
 
 
 @pytest.fixture(scope="session")
 def greedy(model: Any) -> list[Want]:
     """The reference for every prompt."""
     found = []
-    for row in rows():
-        ids, leads = generate(model, prompt_ids(row))
+    for ids, leads in generate(model, [prompt_ids(row) for row in rows()]):
         length = next((place for place, lead in enumerate(leads) if lead < TIE), len(ids))
         found.append(Want(ids, tokenizer().decode(ids, skip_special_tokens=True), length))
     return found
@@ -199,12 +237,9 @@ def sampled_rows() -> list[Row]:
 
 @pytest.fixture(scope="session")
 def drawn(model: Any) -> list[str]:
-    """What the sampler makes of transformers' logits, one prompt at a time."""
-    texts = []
-    for row in sampled_rows():
-        ids, _ = generate(model, prompt := prompt_ids(row), Draw(row, prompt, model.config.vocab_size))
-        texts.append(tokenizer().decode(ids, skip_special_tokens=True))
-    return texts
+    """What the sampler makes of transformers' logits."""
+    made = generate(model, [prompt_ids(row) for row in sampled_rows()], sampled_rows())
+    return [tokenizer().decode(ids, skip_special_tokens=True) for ids, _ in made]
 
 
 # --- engines
