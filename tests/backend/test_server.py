@@ -174,6 +174,18 @@ def test_a_server_without_trouble_is_well(fake):
     assert probe.trouble(int(re.search(r":(\d+) \(gRPC\)", ready)[1])) is None
 
 
+def test_the_log_is_bounded_and_goes_with_the_server(fake, tmp_path):
+    launcher = fake("loud", "--log-mib=1", "--log-files=2")
+    launcher.until("ready after")
+    logs = sorted((tmp_path / "run").glob("*.log"))
+    assert re.fullmatch(r"(\d+)\.1\.log \1\.log", " ".join(log.name for log in logs))
+    eventually(lambda: logs[1].read_text().endswith(f" {(3 << 10) - 1}\n"))
+    assert max(log.stat().st_size for log in logs) <= 1 << 20
+    launcher.process.send_signal(signal.SIGINT)
+    assert launcher.end() == 0
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_temporary_files_go_with_the_server(fake, tmp_path):
     launcher = fake("ready")
     launcher.until("ready after")

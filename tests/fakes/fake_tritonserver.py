@@ -2,7 +2,7 @@
 """Stands in for tritonserver: takes its options, answers the readiness probe, and misbehaves as $FAKE says.
 
 ready: serves until SIGTERM.  deaf: also ignores SIGTERM.  broken: a model fails.  crash: serves, then dies at once.
-sick: serves, and its model says that it is down.
+sick: serves, and its model says that it is down.  loud: prints 3 MiB before it serves.
 """
 
 import http.server
@@ -24,6 +24,10 @@ if log := os.environ.get("FAKE_LOG"):
 
 print("tritonspeed | generate | rank 0 | loaded 40 %", flush=True)
 print('I1123 07:00:08.464342 9802 model_lifecycle.cc:472] "loading: generate:1"', flush=True)
+
+if mode == "loud":
+    for number in range(3 << 10):
+        print(f"{number:1023}", flush=number % 100 == 0)
 
 if mode == "sick":
     print("I1123 07:00:08.464342 9802 model_lifecycle.cc:839] \"successfully loaded 'generate'\"", flush=True)

@@ -142,7 +142,8 @@ def test_compiled_on_cuda(kind, tmp_path):
     folder = tiny_diffusion.save(kind, tmp_path)
     workers = [made(folder, told.append, device="cuda", dtype="float32", compile=on) for on in (True, False)]
     for worker in workers:
-        worker.warm_up()
+        assert 0 <= worker.warm_up().proof < 0.05
+    assert [line for line in told if line.startswith("output proof: within ")]
     assert [line for line in told if "the denoiser is compiled" in line], told
     for count in (1, 3, 2):
         found, expected = (draw(worker, count).astype(int) for worker in workers)

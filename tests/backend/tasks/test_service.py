@@ -110,6 +110,7 @@ def test_answers_belong_to_their_requests_and_rows(make):
     service = make(tensor_parallel=2)
     service.start()
     several = Asked({"numbers": [1, 2]}, {"numbers": [3, 4]})
+    assert service.tally.proof_difference == 0.25  # of rank 1
     service.serve([several, ask(5, 6, 7, 8), last := ask(9)])
     assert several.doubled() == [[2, 4], [6, 8]]
     assert last.doubled() == [[18]]
