@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
@@ -21,6 +20,7 @@ from backend.compute.cache import KVCache, LayerSpec
 from backend.compute.dense.base import Ops, ops
 from backend.compute.layer_parts import Parts, parts_of
 from backend.compute.norms import Norm
+from backend.compute.quantized.packed import Packed
 from backend.generation.plan import Plan
 
 
@@ -67,9 +67,14 @@ class Block:
         return step.read(self._layer, query, self._rule).flatten(1)
 
     def _project(
-        self, hidden: Tensor, update: Tensor | None, norm: Norm | None, weight: Tensor, bias: Tensor | None,
+        self,
+        hidden: Tensor,
+        update: Tensor | None,
+        norm: Norm | None,
+        weight: Tensor | Packed,
+        bias: Tensor | None,
         activation: str | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The (gated) projection of the normed sum of hidden and update; hidden becomes that sum."""
         assert norm is not None
         few = len(hidden) <= self._ops.SMALL
@@ -78,7 +83,7 @@ class Block:
         normed = self._ops.normed(hidden, update, norm.weight, norm.eps)
         if few:
             return self._ops.linear(normed, weight, bias, None, None, activation)
-        projected = linear(normed, weight, bias)
+        projected = self._ops.product(normed, weight, bias)
         return projected if activation is None else self._ops.gated(projected, activation)
 
     def _out(self, projection: Any, values: Tensor, hidden: Tensor, plain: bool) -> Tensor | None:
@@ -110,11 +115,11 @@ class Block:
         return self._ops.normed(update, None, norm.weight, norm.eps)
 
 
-def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def projected(hidden: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
     """As torch's linear, by the kernel for few rows where they are few.  # [..., hidden] -> [..., rows]"""
     dense, rows = ops(hidden.device.type), hidden.reshape(-1, hidden.shape[-1])
     if len(rows) > dense.SMALL:
-        return linear(hidden, weight, bias)
+        return dense.product(rows, weight, bias).view(*hidden.shape[:-1], -1)
     return dense.linear(rows, weight, bias, None, None, None).view(*hidden.shape[:-1], -1)
 
 

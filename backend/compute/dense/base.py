@@ -11,6 +11,7 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
+from backend.compute.quantized.packed import Packed
 from backend.errors import LoadError
 
 MODULES = {"cpu": "reference", "cuda": "kernels"}
@@ -54,7 +55,7 @@ class Ops(Protocol):
     def linear(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Packed,
         bias: Tensor | None,
         residual: Tensor | None,
         norm: Norm | None,
@@ -65,6 +66,9 @@ class Ops(Protocol):
         With an activation the weight's first half gives the gate, its second what is gated: [T, N / 2]. The result is
         added to residual, in place, and residual returned; it must not share memory with x.
         """
+
+    def product(self, x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+        """[T, K] by [N, K] -> [T, N], for any number of tokens: the library's product, or a packed weight's way."""
 
     def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[T, V] -> each row's greatest value, float32 [T], and its lowest index, int64 [T].

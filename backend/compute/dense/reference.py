@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from backend.compute.cache import rounded, write
 from backend.compute.dense.base import Norm, known
+from backend.compute.quantized.packed import Packed
 
 SMALL = 16
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -67,14 +68,23 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm: Norm | None, activation: str | None
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm | None,
+    activation: str | None,
 ) -> Tensor:
     if norm is not None:
         x = normed(x, None, *norm)
-    product = F.linear(x, weight, bias)
+    found = product(x, weight, bias)
     if activation is not None:
-        product = gated(product, activation)
-    return product if residual is None else residual.add_(product)
+        found = gated(found, activation)
+    return found if residual is None else residual.add_(found)
+
+
+def product(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.full() if isinstance(weight, Packed) else weight, bias)
 
 
 def best(logits: Tensor) -> tuple[Tensor, Tensor]:

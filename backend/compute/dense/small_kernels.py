@@ -24,21 +24,21 @@ def vector_kernel(
     """One token: products are kept apart by column and added up once, after the last."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    weights = weight + _rows(row, outputs)[:, None] * WIDTH + columns[None, :]
-    gated_weights = weight + (_rows(row, outputs) + outputs)[:, None] * WIDTH + columns[None, :]
+    weights = weight + clamped(row, outputs)[:, None] * WIDTH + columns[None, :]
+    gated_weights = weight + (clamped(row, outputs) + outputs)[:, None] * WIDTH + columns[None, :]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     gate_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([COLUMNS], tl.float32)
     for start in tl.range(0, WIDTH, COLUMNS, num_stages=STAGES):
         inside = columns < WIDTH - start
-        w = _weights(weights + start, inside[None, :], WIDTH % COLUMNS == 0).to(tl.float32)
+        w = streamed(weights + start, inside[None, :], WIDTH % COLUMNS == 0).to(tl.float32)
         if ACTIVATION != "":
-            gated_w = _weights(gated_weights + start, inside[None, :], WIDTH % COLUMNS == 0).to(tl.float32)
+            gated_w = streamed(gated_weights + start, inside[None, :], WIDTH % COLUMNS == 0).to(tl.float32)
         # After the weights: it changes threads by way of shared memory, and no load passes a barrier.
-        part = _values(x + start + columns, inside, WIDTH % COLUMNS == 0).to(tl.float32)
+        part = kept(x + start + columns, inside, WIDTH % COLUMNS == 0).to(tl.float32)
         if gain is not None:
             squares += part * part
-            part *= _values(gain + start + columns, inside, WIDTH % COLUMNS == 0).to(tl.float32)
+            part *= kept(gain + start + columns, inside, WIDTH % COLUMNS == 0).to(tl.float32)
         if ACTIVATION == "":
             sums += w * part[None, :]
         else:
@@ -48,7 +48,7 @@ def vector_kernel(
     if gain is not None:
         scale = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
     total, gate = tl.sum(sums, 1) * scale, tl.sum(gate_sums, 1) * scale
-    _finish(result, total, gate, bias, residual, row, row, row < outputs, outputs, ACTIVATION)
+    finish(result, total, gate, bias, residual, row, row, row < outputs, outputs, ACTIVATION)
 
 
 @partial(triton.jit, do_not_specialize=["tokens"])
@@ -64,8 +64,8 @@ def matrix_kernel(
     token = tl.arange(0, TOKENS)
     live = token < tokens
     columns = tl.program_id(1) * SHARE + tl.arange(0, COLUMNS)
-    weights = weight + _rows(row, outputs)[:, None] * WIDTH + columns[None, :]
-    gated_weights = weight + (_rows(row, outputs) + outputs)[:, None] * WIDTH + columns[None, :]
+    weights = weight + clamped(row, outputs)[:, None] * WIDTH + columns[None, :]
+    gated_weights = weight + (clamped(row, outputs) + outputs)[:, None] * WIDTH + columns[None, :]
     inputs = x + token[:, None] * WIDTH + columns[None, :]
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     gate_sums = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -77,14 +77,14 @@ def matrix_kernel(
         if gain is not None:
             exact = part.to(tl.float32)
             squares += tl.sum(exact * exact, 1)
-            part = (exact * _values(gain + start + columns, inside, EVEN).to(tl.float32)[None, :]).to(part.dtype)
+            part = (exact * kept(gain + start + columns, inside, EVEN).to(tl.float32)[None, :]).to(part.dtype)
         part = tl.trans(part)
-        w = _weights(weights + start, inside[None, :], EVEN)
+        w = streamed(weights + start, inside[None, :], EVEN)
         if ACTIVATION == "":
             sums = tl.dot(w, part, sums, input_precision=PRECISION)
         else:
             gate_sums = tl.dot(w, part, gate_sums, input_precision=PRECISION)
-            w = _weights(gated_weights + start, inside[None, :], EVEN)
+            w = streamed(gated_weights + start, inside[None, :], EVEN)
             sums = tl.dot(w, part, sums, input_precision=PRECISION)
     mask = (row < outputs)[:, None] & live[None, :]
     if SPLITS > 1:
@@ -102,7 +102,7 @@ def matrix_kernel(
             sums *= scale
             gate_sums *= scale
         where = token[None, :] * outputs + row[:, None]
-        _finish(result, sums, gate_sums, bias, residual, where, row[:, None], mask, outputs, ACTIVATION)
+        finish(result, sums, gate_sums, bias, residual, where, row[:, None], mask, outputs, ACTIVATION)
 
 
 @triton.jit
@@ -130,11 +130,11 @@ def join_kernel(
         sums *= scale
         gate_sums *= scale
     where = tl.program_id(1) * outputs + row
-    _finish(result, sums, gate_sums, bias, residual, where, row, mask, outputs, ACTIVATION)
+    finish(result, sums, gate_sums, bias, residual, where, row, mask, outputs, ACTIVATION)
 
 
 @triton.jit
-def _finish(result, sums, gate_sums, bias, residual, where, row, mask, outputs, ACTIVATION: tl.constexpr):
+def finish(result, sums, gate_sums, bias, residual, where, row, mask, outputs, ACTIVATION: tl.constexpr):
     """Bias, gate and residual on exact sums, and the only rounding."""
     if bias is not None and ACTIVATION != "":
         gate_sums += tl.load(bias + row, mask=row < outputs, other=0.0).to(tl.float32)
@@ -149,13 +149,13 @@ def _finish(result, sums, gate_sums, bias, residual, where, row, mask, outputs, 
 
 
 @triton.jit
-def _rows(row, outputs):
+def clamped(row, outputs):
     """Rows past the last read the last one again, which needs no mask; int64, since vocabularies times widths are."""
     return tl.minimum(row, outputs - 1).to(tl.int64)
 
 
 @triton.jit
-def _weights(at, inside, EVEN: tl.constexpr):
+def streamed(at, inside, EVEN: tl.constexpr):
     """Read once in a step: they need not stay in the caches."""
     if EVEN:
         return tl.load(at, eviction_policy="evict_first")
@@ -164,7 +164,7 @@ def _weights(at, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _values(at, inside, EVEN: tl.constexpr):
+def kept(at, inside, EVEN: tl.constexpr):
     """Inputs, which every program reads."""
     if EVEN:
         return tl.load(at, eviction_policy="evict_last")

@@ -10,11 +10,13 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from backend.compute.dense import packed
 from backend.compute.dense.base import Norm, known
 from backend.compute.dense.gate import gated
 from backend.compute.dense.norm import normed
 from backend.compute.dense.shape import Shape, shape
 from backend.compute.dense.small_kernels import join_kernel, matrix_kernel, vector_kernel
+from backend.compute.quantized.packed import Packed
 
 SMALL = 16
 MOST = 32
@@ -22,9 +24,16 @@ MOST = 32
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, norm: Norm | None, activation: str | None
+    x: Tensor,
+    weight: Tensor | Packed,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm | None,
+    activation: str | None,
 ) -> Tensor:
     """See base.Ops."""
+    if isinstance(weight, Packed):
+        return packed.linear(x, weight, bias, residual, norm, activation)
     tokens, width = x.shape
     outputs = len(weight) // 2 if activation is not None else len(weight)
     chosen = shape(tokens, outputs, width, activation is not None, x.element_size()) if tokens <= SMALL else None
@@ -33,6 +42,11 @@ def linear(
     if norm is not None and tokens > 1 and not chosen.takes_norm:
         x, norm = normed(x, None, *norm), None
     return by_shape(chosen, x, weight, bias, residual, norm, activation)
+
+
+def product(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
+    """See base.Ops."""
+    return packed.product(x, weight, bias) if isinstance(weight, Packed) else F.linear(x, weight, bias)
 
 
 def by_library(

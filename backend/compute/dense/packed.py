@@ -1,0 +1,178 @@
+"""Products with packed weights on CUDA: which way for how many tokens, and the launches.
+
+One token: packed_vector.py. Up to packed_shape.TILED: packed_matrix.py. More: weights of fp8 by torch's scaled product,
+others made full, a part at a time, for the library's. Only the scaled product rounds activations, to fp8, a scale for
+each token. So that is done to prompts, not in decode steps of up to TILED sequences, where it would save nothing at few
+and make what a sequence gets depend on how many others there are.
+Launches depend on shapes alone and read nothing back: CUDA graphs may hold them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from backend.compute.dense.base import Norm, known
+from backend.compute.dense.gate import gated
+from backend.compute.dense.norm import normed
+from backend.compute.dense.packed_codes import LEVELS
+from backend.compute.dense.packed_full import rounded, unpacked
+from backend.compute.dense.packed_matrix import apart_kernel, packed_matrix_kernel
+from backend.compute.dense.packed_shape import TILED, matrix, taken, vector
+from backend.compute.dense.packed_vector import packed_vector_kernel
+from backend.compute.dense.shape import Shape
+from backend.compute.dense.small_kernels import join_kernel
+from backend.compute.quantized.packed import Packed
+
+SCRATCH = 128 << 20
+"""Bytes of a weight that are made full at a time."""
+FP8_FROM = (8, 9)
+"""The compute capability that multiplies fp8."""
+
+
+def product(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    """[T, K] by [N, K] -> [T, N]"""
+    return linear(x, weight, bias, None, None, None)
+
+
+def linear(
+    x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None, norm: Norm | None, activation: str | None
+) -> Tensor:
+    """See base.Ops; of any number of tokens."""
+    outputs, width = weight.shape
+    group, per = weight.scheme.columns(width), 8 // weight.scheme.bits
+    x = x.contiguous()
+    few = len(x) <= TILED and taken(group, width, per)
+    if len(x) == 1 and few:
+        shape = vector(outputs if activation is None else outputs // 2, width, activation is not None, per)
+        return by_vector(shape, x, weight, bias, residual, norm, activation)
+    if norm is not None:
+        x = normed(x, None, *norm)
+    if few and activation is None:
+        return by_matrix(*matrix(len(x), outputs, width, group, per), x, weight, bias, residual)
+    found = product(x, weight, bias) if few else many(x, weight, bias)
+    if activation is not None:
+        found = gated(found, activation)
+    return found if residual is None else residual.add_(found)
+
+
+def by_vector(
+    shape: Shape,
+    x: Tensor,
+    weight: Packed,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm | None,
+    activation: str | None,
+) -> Tensor:
+    """One token, in programs of this shape."""
+    _check(x, weight)
+    outputs, width = weight.shape
+    outputs = outputs if activation is None else outputs // 2
+    result = _place(x, outputs, residual)
+    gain, eps = norm or (None, 0.0)
+    packed_vector_kernel[(triton.cdiv(outputs, shape.rows),)](
+        result, x, weight.codes.view(torch.int32), weight.scale, weight.offset, bias, residual, gain, eps, outputs,
+        WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, WORDS=shape.columns, STAGES=shape.stages,
+        LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides,
+        ACTIVATION="" if activation is None else known(activation), num_warps=shape.warps,
+    )  # fmt: skip
+    return result
+
+
+def by_matrix(
+    shape: Shape, size: int, x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """Several tokens, in programs of this shape for `size` tokens each."""
+    _check(x, weight)
+    (outputs, width), tokens = weight.shape, len(x)
+    result = _place(x, outputs, residual)
+    apart = weight.scheme.bits == 4 and tokens > 16  # of fewer, the kernel takes them apart
+    sums = None
+    if shape.splits > 1:
+        sums = torch.empty(shape.splits, tokens, outputs, dtype=torch.float32, device=x.device)
+    inputs = _apart(x) if apart else x
+    packed_matrix_kernel[(triton.cdiv(outputs, shape.rows), shape.splits, triton.cdiv(tokens, size))](
+        result, sums, inputs, weight.codes, weight.scale, weight.offset, bias, residual, outputs, tokens,
+        WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, COLUMNS=shape.columns, TOKENS=size,
+        STAGES=shape.stages, SPLITS=shape.splits, LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides,
+        APART=apart, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=shape.warps,
+    )  # fmt: skip
+    if sums is not None:
+        join_kernel[(triton.cdiv(outputs, 512), tokens)](
+            result, sums, None, bias, residual, 0.0, outputs,
+            WIDTH=width, SPLITS=shape.splits, ACTIVATION="", BLOCK=512,
+        )  # fmt: skip
+    return result
+
+
+def _check(x: Tensor, weight: Packed) -> None:
+    """Kernels read memory as it lies."""
+    tensors = (x, weight.codes, weight.scale, *(() if weight.offset is None else (weight.offset,)))
+    assert all(each.is_contiguous() for each in tensors) and x.shape[1] == weight.shape[1]
+
+
+def _place(x: Tensor, outputs: int, residual: Tensor | None) -> Tensor:
+    result = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device) if residual is None else residual
+    assert result.is_contiguous() and result.shape == (len(x), outputs)
+    return result
+
+
+def _apart(x: Tensor) -> Tensor:
+    """Even columns of each token before the odd ones."""
+    apart = torch.empty_like(x)
+    apart_kernel[(len(x), triton.cdiv(x.shape[1], 1024))](apart, x, WIDTH=x.shape[1], BLOCK=1024)
+    return apart
+
+
+def many(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    """As many tokens as a prompt has."""
+    if scales(x, weight):
+        return scaled(x, weight, bias)
+    outputs, width = weight.shape
+    rows = max(1, SCRATCH // (width * weight.dtype.itemsize))
+    if outputs <= rows:
+        return F.linear(x, _full(weight), bias)
+    result = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
+    for start in range(0, outputs, rows):
+        stop = min(start + rows, outputs)
+        torch.mm(x, _full(weight.rows(start, stop)).t(), out=result[:, start:stop])
+    return result if bias is None else result.add_(bias)
+
+
+def _full(weight: Packed) -> Tensor:
+    """In the scratch: until the next one."""
+    outputs, width = weight.shape
+    room = _scratch(weight.device, max(SCRATCH, width * weight.dtype.itemsize))
+    return unpacked(weight, room.view(weight.dtype)[: outputs * width].view(outputs, width))
+
+
+@lru_cache
+def _scratch(device: torch.device, size: int) -> Tensor:
+    """Kept for good: CUDA graphs may have its address."""
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def scales(x: Tensor, weight: Packed) -> bool:
+    """Whether torch's scaled product takes it: fp8 with one scale a row, on a GPU that multiplies fp8."""
+    rowwise = weight.scheme.kind == "fp8" and weight.scale.shape[1] == 1 and x.dtype == torch.bfloat16
+    return rowwise and not (weight.shape[0] % 16 or weight.shape[1] % 16) and multiplies_fp8(x.device)
+
+
+@lru_cache
+def multiplies_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_FROM
+
+
+def scaled(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    """Activations rounded to fp8, a scale for each token."""
+    codes, scale = rounded(x)
+    found = torch._scaled_mm(
+        codes, weight.codes.t(), scale_a=scale, scale_b=weight.scale.float().t(), out_dtype=x.dtype, use_fast_accum=True
+    )
+    return found if bias is None else found.add_(bias)

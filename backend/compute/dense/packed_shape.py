@@ -1,0 +1,54 @@
+"""How a product with packed weights is computed and cut into programs, by its size alone.
+
+Codes are few bytes, so programs take more rows than those of shape.py to have as many on their way. The rules are
+reasoned from those measured there; `bench_steps --parts packed --sweep` says what is best on a GPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from backend.compute.dense.shape import PROCESSORS, Shape, evenness
+
+TILED = 256
+"""Tokens up to which tensor cores that unpack codes themselves beat the library's product of weights made full."""
+GROUPS = (32, 64, 128, 256, 512, 1024)
+"""Sizes of groups that kernels take, besides whole rows."""
+
+
+def taken(group: int, width: int, per: int) -> bool:
+    """Whether the kernels for few tokens take it; `per`: codes of a byte."""
+    return (group == width or group in GROUPS) and width % (4 * per) == 0
+
+
+@lru_cache(maxsize=1024)
+def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
+    """For one token: 8 rows (4 gates and 4 that are gated) of 1 KiB of codes a program; `columns` counts words."""
+    words = _covering(width // (4 * per), 256, least=32)
+    rows = 4 if gated else 8
+    while rows > 1 and outputs < rows * 2 * PROCESSORS:
+        rows //= 2
+    return Shape(rows, words, warps=4 if words >= 128 else 1, stages=1)
+
+
+@lru_cache(maxsize=1024)
+def matrix(tokens: int, outputs: int, width: int, group: int, per: int) -> tuple[Shape, int]:
+    """For 2 tokens and more, and the tokens of a program; splits where there are few programs."""
+    size = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    most = 128 if size < 128 or per == 2 else 64
+    columns = most if group in GROUPS and group < width else _covering(width, most, least=32)
+    programs = -(-outputs // 64) * -(-tokens // size)
+    splits = _splits(programs, -(-width // columns))
+    return Shape(64, columns, warps=4, stages=4 if size <= 32 else 3, splits=splits), size
+
+
+def _splits(programs: int, tiles: int) -> int:
+    """The fewest that leave few processors idle, each with four tiles at the least."""
+    useful = [splits for splits in (1, 2, 4, 8) if splits == 1 or tiles >= 4 * splits]
+    return next((each for each in useful if evenness(programs * each) >= 0.75), max(useful))
+
+
+def _covering(width: int, most: int, least: int) -> int:
+    """The greatest power of two up to `most` that divides the width, or else one that leaves little over."""
+    divisor = min(width & -width, most)
+    return divisor if divisor >= most // 4 else max(least, min(most, 1 << (width - 1).bit_length()))
