@@ -61,7 +61,7 @@ def measure(batch: int, context: int, heads: Heads | None = None, dtype: torch.d
     layer_bytes = batch * context * 2 * heads.kv * heads.dim * dtype.itemsize
     layers = max(4, -(-LEAST_BYTES // layer_bytes))
     name, call = prepared(batch, context, layers, heads, dtype, torch.device("cuda"))
-    graph = _captured(lambda: [call(layer) for layer in range(layers)])
+    graph = captured(lambda: [call(layer) for layer in range(layers)])
     taken = seconds(graph.replay, times=10, warm=2) / layers
     return Measured(batch, context, name, taken, layer_bytes)
 
@@ -86,7 +86,7 @@ def plan(batch: int, context: int, blocks: int) -> Plan:
     return replace(made, block_tables=np.pad(made.block_tables, ((0, 0), (0, missing))))
 
 
-def _captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.inference_mode(), torch.cuda.stream(stream):

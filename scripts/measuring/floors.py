@@ -48,10 +48,13 @@ Chunk = tuple[int, int]
 """New tokens of one sequence in a step, and its length once they are computed."""
 
 
-def step_seconds(shape: Shape, chunks: list[Chunk], limit: Ceiling, world: int = 1, itemsize: int = 2) -> float:
-    """The least time of a step in which every chunk samples one token."""
+def step_seconds(
+    shape: Shape, chunks: list[Chunk], limit: Ceiling, world: int = 1, itemsize: int = 2, layers: float | None = None
+) -> float:
+    """The least time of a step in which every chunk samples one token; `layers`: bytes of an element of theirs."""
     tokens = sum(new for new, _ in chunks)
-    weights = itemsize * (shape.layer_parameters + shape.head_parameters) / limit.bandwidth
+    stored = (itemsize if layers is None else layers) * shape.layer_parameters + itemsize * shape.head_parameters
+    weights = stored / limit.bandwidth
     linear = 2 * (shape.layer_parameters * tokens + shape.head_parameters * len(chunks)) / limit.flops
     return (max(weights, linear) + _attention(shape, chunks, limit, itemsize)) / world
 

@@ -27,6 +27,8 @@ def config_of(options: argparse.Namespace, folder: str, batches: list[int]) -> E
         "model": folder, "tensor_parallel": str(options.tensor_parallel), "dtype": options.dtype,
         "device": options.device, "max_sequences": str(max([*batches, beside])),
     }  # fmt: skip
+    if kind := options.quantization:
+        given |= {"quantization": kind, "quantization_group": str(options.group if kind != "fp8" else 0)}
     return resolved(EngineConfig.from_parameters({**given, **dict(pair.split("=", 1) for pair in options.set)}))
 
 

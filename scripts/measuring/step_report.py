@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring.floors import Ceiling, cache_seconds, ceiling, step_seconds
+from measuring.packed_report import packed
 from measuring.report import Report
 from measuring.shapes import Shape, make_shape
 from measuring.start import BESIDE, LIMIT, config_of, started
@@ -21,8 +22,12 @@ def run(options: argparse.Namespace) -> None:
     parts = options.parts.split(",")
     report = Report(options.json)
     limit = devices(report, options, parts)
+    if "packed" in parts and limit is not None:
+        packed(report, options, limit)
     if {"prefill", "decode", "sampled"} & set(parts):
-        model(report, options, parts, limit)
+        for kind in options.quantization.split(","):
+            options.quantization = "" if kind == "none" else kind
+            model(report, options, parts, limit)
     if report.failed:
         raise SystemExit("bench_steps: failed: " + ", ".join(report.failed))
 
@@ -95,6 +100,7 @@ class Steps:
         self._config = config_of(options, folder, self._batches)
         self._profiled = set(filter(None, options.profile.split(",")))
         report.about |= {"model": options.shape or Path(folder).name, "tp": self._config.tensor_parallel}
+        report.about |= {"quantization": self._config.quantization}
 
     def run(self, parts: list[str]) -> None:
         """All clocks first: a profiler that has been on once may slow launches down."""
@@ -180,9 +186,10 @@ class Steps:
     def _floor(self, timed: Any) -> float | None:
         if self._limit is None:
             return None
-        size = 4 if self._config.dtype == "float32" else 2
+        size, kind = 4 if self._config.dtype == "float32" else 2, self._config.quantization
+        packed_size = {"": float(size), "int4": 0.5}.get(kind, 1.0)  # scales are left out
         each = [
-            step_seconds(self._shape, list(step), self._limit, self._config.tensor_parallel, size)
+            step_seconds(self._shape, list(step), self._limit, self._config.tensor_parallel, size, packed_size)
             for step in timed.steps
         ]
         return sum(each) / len(each)

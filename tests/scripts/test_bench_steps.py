@@ -31,8 +31,9 @@ def test_every_part_runs_without_a_gpu(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(start, "BESIDE", 2)
     monkeypatch.setattr(step_report, "BESIDE", 2)
     options = argparse.Namespace(
-        shape=None, model=str(folder), parts="ceilings,attention,prefill,decode,sampled", batches="3", context=24,
-        steps=4, prompt=32, profile="3", tensor_parallel=1, device="cpu", dtype="auto",
+        shape=None, model=str(folder), parts="ceilings,attention,packed,prefill,decode,sampled", batches="3",
+        context=24, steps=4, prompt=32, profile="3", quantization="none,int8", group=32, sweep=False,
+        tensor_parallel=1, device="cpu", dtype="auto",
         set=["threads=1", "step_tokens=64", "max_model_len=128", "num_blocks=600"], json=tmp_path / "out.jsonl",
     )  # fmt: skip
     step_report.run(options)
@@ -41,7 +42,8 @@ def test_every_part_runs_without_a_gpu(folder, tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in options.json.read_text().splitlines()]
     assert [line["what"] for line in lines] == [
         "prefill", "prefill beside 2", "decode 3", "sampled 3"
-    ]  # fmt: skip
+    ] * 2  # fmt: skip
+    assert [line["quantization"] for line in lines] == [""] * 4 + ["int8"] * 4
     assert all(line["tok/s"] > 0 and line["floor ms"] is None for line in lines)
 
 
