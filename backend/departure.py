@@ -8,8 +8,11 @@ to do, ends by itself; should `finalize` come after all, there is less left to d
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 LOOK = 2.0
 """Seconds between two questions to the server, each of which takes 0.1 ms."""
@@ -46,3 +49,33 @@ class Departure:
         serving, idle = self._serving(), self._idle()
         self._served |= serving or not idle
         return self._served and idle and not serving
+
+
+class Latest:
+    """Which process serves a model: the one that said so last. After a reload the server speaks for the new one alone.
+
+    A file of this server's, in the folder of temporary files. Where it cannot be written or read, each is the latest.
+    """
+
+    def __init__(self, name: str) -> None:
+        """It is this process, from now on."""
+        self._file = Path(tempfile.gettempdir()) / f"tritonspeed-{os.getppid()}-{name}"
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with open(os.open(self._file, flags, 0o600), "w") as file:
+                file.write(str(os.getpid()))
+        except OSError:
+            return
+
+    def __bool__(self) -> bool:
+        """Whether it still is, or the later one has ended."""
+        try:
+            process = int(self._file.read_text())
+        except (OSError, ValueError):
+            return True
+        return process == os.getpid() or not Path(f"/proc/{process}").exists()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        if self:
+            self._file.unlink(missing_ok=True)

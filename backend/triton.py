@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from backend import parent
 from backend.blame import tell
-from backend.departure import Departure
+from backend.departure import Departure, Latest
 from backend.errors import InvalidInput, ServingError, serving
 from backend.metrics import COUNTER, GAUGE
 from backend.spans import VARIABLE
@@ -160,13 +160,15 @@ def failure(error: ServingError) -> Any:
     return pb_utils.TritonError(error.wire(), getattr(pb_utils.TritonError, error.code))
 
 
-def departure(args: Mapping[str, str], leave: Callable[[], None]) -> Departure:
+def departure(args: Mapping[str, str], latest: Latest, leave: Callable[[], None]) -> Departure:
     """Of this stub's model."""
     name, version = args["model_name"], args["model_version"]
 
     def serving() -> bool:
+        if not parent.lives():
+            return True
         try:
-            return not parent.lives() or bool(pb_utils.is_model_ready(model_name=name, model_version=version))
+            return bool(latest) and bool(pb_utils.is_model_ready(model_name=name, model_version=version))
         except Exception as error:  # the server is ending, say
             log.debug("no answer whether the model is ready", exc_info=error)
             return True
@@ -190,7 +192,8 @@ class Exporter:
 
     def __init__(self, args: Mapping[str, str], tally: Tally, leave: Callable[[], None] = lambda: None) -> None:
         self._tally = tally
-        self._departure = departure(args, leave)
+        self._latest = Latest(f"{args.get('model_instance_name', args['model_name'])}-{args['model_version']}")
+        self._departure = departure(args, self._latest, leave)
         self._labels = {"model": args["model_name"], "version": args["model_version"]}
         self._families: list[Any] = []
         self._series: dict[tuple[str, str], Any] = {}
@@ -213,6 +216,7 @@ class Exporter:
         self._closing.set()
         if self._thread.ident:
             self._thread.join()
+        self._latest.close()
         for each in (*self._families, *self._series.values()):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))  # they outlive the interpreter
 

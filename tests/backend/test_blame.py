@@ -154,6 +154,21 @@ def test_the_end_lets_go_of_tritons_objects(triton, end, breaks):
     assert sender.flags == [triton.FINAL]
 
 
+def test_a_model_that_was_replaced_leaves_though_its_name_is_ready(triton, monkeypatch):
+    triton.pb_utils.is_model_ready = lambda **given: True
+    monkeypatch.setattr("backend.departure.LOOK", 0.0)
+    monkeypatch.setattr("backend.departure.PATIENCE", 0.0)
+    left, latest = [], [1]
+    departure = triton.departure({"model_name": "m", "model_version": "3"}, latest, lambda: left.append(1))
+    departure.look()
+    departure.look()
+    assert not left
+    latest.clear()
+    departure.look()
+    departure.look()
+    assert left == [1]
+
+
 def test_a_model_that_triton_has_forgotten_leaves(triton, monkeypatch, capsys):
     """Asked for by name; no answer means that it is still in service, and what has an open request is."""
     answers, left, asked = [True, False, False, RuntimeError("the server ends"), False, False], [], []
@@ -167,7 +182,7 @@ def test_a_model_that_triton_has_forgotten_leaves(triton, monkeypatch, capsys):
     triton.pb_utils.is_model_ready = ready
     monkeypatch.setattr("backend.departure.LOOK", 0.0)
     monkeypatch.setattr("backend.departure.PATIENCE", 0.0)
-    departure = triton.departure({"model_name": "m", "model_version": "3"}, lambda: left.append(1))
+    departure = triton.departure({"model_name": "m", "model_version": "3"}, [1], lambda: left.append(1))
     waiting = triton.Asked(Asking(Sender()))
     departure.look()
     departure.look()

@@ -1,9 +1,12 @@
 """Departure: a model that Triton has forgotten leaves, and no other one does."""
 
+import os
+import tempfile
+
 import pytest
 
 from backend import departure
-from backend.departure import LOOK, PATIENCE, Departure
+from backend.departure import LOOK, PATIENCE, Departure, Latest
 
 
 class Model:
@@ -68,3 +71,44 @@ def test_what_comes_back_meanwhile_stays(model):
     model.passes(LOOK)
     model.serving = False
     assert model.passes(PATIENCE - LOOK) == 0
+
+
+# ---- which process serves a model
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_who_said_so_last_is_the_latest(folder):
+    old = Latest("m_0_0-1")
+    assert old
+    (file,) = folder.iterdir()
+    file.write_text(str(os.getppid()))  # a later process that lives
+    assert not old
+    old.close()
+    assert file.exists()
+    new = Latest("m_0_0-1")
+    assert new
+    new.close()
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("text", ["", "x", str(2**22 + 1)])
+def test_a_later_one_that_has_ended_or_is_unreadable_does_not_count(folder, text):
+    latest = Latest("m")
+    (file,) = folder.iterdir()
+    file.write_text(text)
+    assert latest
+    file.unlink()
+    assert latest
+
+
+def test_a_link_that_lies_there_is_not_followed(folder):
+    target = folder / "target"
+    target.write_text("kept")
+    (folder / f"tritonspeed-{os.getppid()}-m").symlink_to(target)
+    assert Latest("m")
+    assert target.read_text() == "kept"

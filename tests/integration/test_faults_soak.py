@@ -78,6 +78,12 @@ class Client:
             self.pipe("the", max_tokens=self.rng.choice([0, -5]))
 
 
+def ranks_of(served, name):
+    """Those of all its stubs, forgotten ones included."""
+    stubs = [p for p in served.processes("triton_python_backend_stub") if f"/{name}/" in " ".join(p.cmdline())]
+    return [rank for stub in stubs for rank in stub.children() if "backend.ranks.rank" in " ".join(rank.cmdline())]
+
+
 @contextmanager
 def leaving(served, loaded):
     """A guest that 2.51 may never let go of, see docs/faults.md, 17: then it has ended its ranks by itself."""
@@ -88,7 +94,7 @@ def leaving(served, loaded):
     except DeadlineExceeded as error:
         if "was not unloaded" not in str(error):
             raise
-        _, ranks = served.family(name)
+        ranks = ranks_of(served, name)
         shown = {key: value for key, value in metrics(served).items() if name in key and "bucket" not in key}
         assert ranks == [], f"{name} is held by Triton, and its ranks are still there: {ranks} {shown}"
 
