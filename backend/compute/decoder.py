@@ -18,6 +18,7 @@ from backend.compute.attention.families import length_limit
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, bytes_per_block, kept_as, probe
 from backend.compute.dense.base import ops
+from backend.compute.footprint import footprint
 from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
 from backend.compute.offload.offload import Offload
@@ -29,6 +30,7 @@ from backend.compute.upload import download, upload
 from backend.config import DTYPES, EngineConfig
 from backend.devices import free_host_memory
 from backend.errors import LoadError
+from backend.fit import gib
 from backend.generation.capacity import Capacity
 from backend.generation.plan import LAST_TOKEN, Ints, Plan, Sampled, Sampling
 from backend.ranks.rank import Birth, Deferred
@@ -49,8 +51,7 @@ class Decoder:
         self._model = load(
             birth.config, birth.rank, birth.world, self._device, self._dtype, self._told_share(), offload=self._offload
         )
-        if self._offload:
-            self._progress(self._offload.told)
+        self._progress(self._offload.told if self._offload else f"weights: {gib(footprint(self._model))} a rank")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what merging projections let go of
         self._specs = probe(self._model, self._device)
@@ -133,6 +134,9 @@ class Decoder:
         if self._graphs:
             ways["cuda_graphs"] = self._proof(None, graphs=True)
         found = check(ways, plain, self._dtype)
+        if self._device.type == "cuda":
+            taken = torch.cuda.memory_reserved(self._device)
+            self._progress(f"memory: {gib(taken)} a rank, {gib(self._cache.nbytes)} of it KV cache")
         self._progress(f"output proof: logits within {found:.2g} of their spread of the plain computation's")
         return found
 
