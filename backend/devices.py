@@ -52,6 +52,11 @@ def free_host_memory() -> int:
         return available
 
 
+def gib(size: int) -> str:
+    """Bytes, for people."""
+    return f"{size / (1 << 30):.2f} GiB"
+
+
 def resolved(config: EngineConfig) -> EngineConfig:
     """The configuration with what `auto` and 0 mean on this machine, where that needs no model."""
     device = config.device if config.device != "auto" else "cuda" if free_gpu_memory() else "cpu"

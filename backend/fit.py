@@ -16,7 +16,7 @@ from typing import Any
 from backend import held
 from backend.checkpoint import Checkpoint, Geometry, check_family, dtype_name, share_heads
 from backend.config import EngineConfig
-from backend.devices import KV_CACHE_FRACTION, resolved
+from backend.devices import KV_CACHE_FRACTION, gib, resolved
 from backend.devices import free_gpu_memory as _gpu_memory
 from backend.devices import free_host_memory as _host_memory
 from backend.errors import LoadError
@@ -202,10 +202,8 @@ def _sizes(tensors: Any, config: EngineConfig, itemsize: int, attention: float) 
 def packed_bytes(tensor: Tensor, config: EngineConfig, itemsize: int) -> float:
     """Of a weight [N, K] as compute/quantized keeps it."""
     rows, width = tensor.shape
-    groups = width / (
-        config.quantization_group or GROUPS.get((config.quantization, config.quantization_symmetric), width)
-    )
-    scales = SCALE if config.quantization_symmetric else 2 * itemsize
+    groups = width / (config.quantization_group or GROUPS.get((config.quantization, config.symmetric), width))
+    scales = SCALE if config.symmetric else 2 * itemsize
     return prod(tensor.shape) * (0.5 if config.quantization == "int4" else 1) + rows * groups * scales
 
 
@@ -258,8 +256,3 @@ def _check_memory(fit: Fit, least: int) -> None:
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise LoadError(message)
-
-
-def gib(size: int) -> str:
-    """For people."""
-    return f"{size / _GIB:.2f} GiB"

@@ -28,9 +28,8 @@ from backend.compute.sampler import BROKEN, Sampler
 from backend.compute.tensor_parallel import VocabParallelHead, join
 from backend.compute.upload import download, upload
 from backend.config import DTYPES, EngineConfig
-from backend.devices import free_host_memory
+from backend.devices import free_host_memory, gib
 from backend.errors import LoadError
-from backend.fit import gib
 from backend.generation.capacity import Capacity
 from backend.generation.plan import LAST_TOKEN, Ints, Plan, Sampled, Sampling
 from backend.ranks.rank import Birth, Deferred
