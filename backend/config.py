@@ -69,8 +69,9 @@ class EngineConfig:
     """Linear layers of the repeated blocks in int8, int4 or fp8, rounded as they are read; empty: in dtype."""
     quantization_group: int = 0
     """Columns of a row that share a scale; 0: 32 for int4, else all (of int8 that is not symmetric: 64)."""
-    quantization_symmetric: bool = True
-    """Whether zero is a code's middle; false: DeepSpeed's form, each group between its least and its greatest."""
+    quantization_symmetric: bool | None = None
+    """Whether zero is the middle code; false: DeepSpeed's form, each group from its least to its greatest value. Left
+    out: false for int4, else true."""
     offload: str = ""
     """Where the layers lie while they do not compute: cpu (host memory), nvme (a file); empty: on the device."""
     offload_folder: str = ""
@@ -129,9 +130,9 @@ class EngineConfig:
         kind, group = self.quantization, self.quantization_group
         _check(kind in QUANTIZATIONS, f"quantization must be one of int8, int4, fp8 or empty, not {kind!r}")
         _check(bool(kind) or not group, "quantization_group is set, quantization is not")
-        _check(bool(kind) or self.quantization_symmetric, "quantization_symmetric is false, quantization is not set")
+        _check(bool(kind) or self.quantization_symmetric is None, "quantization_symmetric is set, quantization is not")
         _check(kind != "fp8" or not group, "quantization_group: fp8 has one scale a row")
-        _check(kind != "fp8" or self.quantization_symmetric, "quantization_symmetric: fp8 is always symmetric")
+        _check(kind != "fp8" or self.symmetric, "quantization_symmetric: fp8 is always symmetric")
         sizes = ", ".join(map(str, QUANTIZATION_GROUPS))
         _check(group in (0, *QUANTIZATION_GROUPS), f"quantization_group must be 0 or one of {sizes}, not {group}")
 
@@ -140,6 +141,18 @@ class EngineConfig:
         _check(kind in OFFLOADS, f"offload must be cpu, nvme or empty, not {kind!r}")
         _check(kind == "nvme" or not self.offload_folder, "offload_folder is set, offload is not nvme")
         _check(bool(kind) or not self.device_memory, "device_memory is set, offload is not")
+
+    @property
+    def symmetric(self) -> bool:
+        """`quantization_symmetric`, or what it is where it is left out."""
+        given = self.quantization_symmetric
+        return self.quantization != "int4" if given is None else given
+
+    def refuse(self, why: str, *names: str) -> None:
+        """LoadError that names the first of these parameters that is not its default, and says why it must be."""
+        usual = {field.name: field.default for field in fields(self)}
+        for name in names:
+            _check(getattr(self, name) == usual[name], f"{name} {getattr(self, name)!r}: {why}")
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, str]) -> EngineConfig:
@@ -151,7 +164,7 @@ class EngineConfig:
         _check(bool(given.get("model")), "parameter 'model' is missing in config.pbtxt")
         if given.get("offload"):
             given = {**_OFFLOADED, **given}
-        return cls(**{name: _parse(name, types[name], value) for name, value in given.items()})
+        return cls(**{name: _parse(name, types[name].removesuffix(" | None"), value) for name, value in given.items()})
 
     @classmethod
     def from_triton(cls, args: Mapping[str, str]) -> EngineConfig:

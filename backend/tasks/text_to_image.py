@@ -63,6 +63,7 @@ class TextToImage:
     worker: ClassVar[str] = "backend.compute.images.diffusion:Diffusion"
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
+        config.refuse("pipelines of images are served in dtype, on the device", "quantization", "offload")
         self.config, self.folder = config, PipelineFolder.open(folder)
         self._parameters = {parameter.name: parameter for parameter in _parameters(config, self.folder)}
 

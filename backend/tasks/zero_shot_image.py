@@ -49,6 +49,7 @@ class ZeroShotImage:
     worker: ClassVar[str] = "backend.compute.images.clip:Clip"
 
     def __init__(self, folder: Path, config: EngineConfig) -> None:
+        config.refuse("CLIP is served in dtype, on the device", "quantization", "offload")
         self.config, checkpoint = config, Checkpoint.open(folder)
         if checkpoint.model_type not in FAMILIES:
             raise LoadError(f"{checkpoint.model_type} cannot be served for zero_shot_image: only {', '.join(FAMILIES)}")

@@ -19,6 +19,9 @@ FP8 = torch.float8_e4m3fn
 AT_ONCE = 1 << 22
 """Elements that are rounded at a time: what that takes beside the weight is some float32 copies of them."""
 
+SHARES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
+"""Of the scale that holds a group's value of largest size: those that are tried for int4."""
+
 Agree = Callable[[Tensor], Tensor]
 """The largest absolute values of a rank's rows [N, 1] to those of the whole rows."""
 
@@ -204,9 +207,26 @@ def _float(full: Tensor, grouped: Tensor, scheme: Scheme, largest: Tensor | None
 
 def _symmetric(grouped: Tensor, bits: int, largest: Tensor | None) -> tuple[Tensor, Tensor, None]:
     half = 1 << bits - 1
-    scale = _scale(grouped, largest, half - 1)
+    scale = _scale(grouped, largest, half - 1) if bits > 4 or largest is not None else _searched(grouped.float(), half)
     codes = (grouped.float() / scale[..., None]).round_().clamp_(-half, half - 1) + half
     return codes.to(torch.uint8), scale, None
+
+
+def _searched(grouped: Tensor, half: int) -> Tensor:
+    """[N, groups]: of some scales the one with the least squared error.
+
+    The value of largest size gets the lowest code, whatever its sign, so that all are used: scales may be negative.
+    """
+    low, high = grouped.aminmax(dim=-1)
+    end = torch.where(-low > high, low, high) / -half
+    end = torch.where(end == 0, 1e-12, end)
+    best, least = end, torch.full_like(end, torch.inf)
+    for share in SHARES:
+        scale = (end * share)[..., None]
+        error = (grouped / scale).round_().clamp_(-half, half - 1).mul_(scale).sub_(grouped).square_().sum(-1)
+        best = torch.where(error < least, scale[..., 0], best)
+        least = torch.minimum(error, least)
+    return best
 
 
 def _asymmetric(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ GROUPS = {("int4", True): 32, ("int4", False): 32, ("int8", False): 64}
 
 def scheme_of(config: EngineConfig) -> Scheme | None:
     """None: weights stay as they are."""
-    kind, symmetric = config.quantization, config.quantization_symmetric
+    kind, symmetric = config.quantization, config.symmetric
     if not kind:
         return None
     return Scheme(kind, config.quantization_group or GROUPS.get((kind, symmetric), 0), symmetric)

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[3]
 SETTINGS = {
     "int8": {"quantization": "int8"},
     "int8 asymmetric": {"quantization": "int8", "quantization_symmetric": False},
-    "int4": {"quantization": "int4"},
-    "int4 asymmetric": {"quantization": "int4", "quantization_symmetric": False, "quantization_group": 64},
+    "int4": {"quantization": "int4", "quantization_group": 64},
+    "int4 symmetric": {"quantization": "int4", "quantization_symmetric": True},
     "fp8": {"quantization": "fp8"},
 }
 LLAMA = {
@@ -146,7 +146,7 @@ def test_two_ranks_compute_what_one_does(name, alone, split):
         torch.testing.assert_close(rank[name], alone(name)[0], atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4 asymmetric", "fp8"])
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 def test_merged_projections_compute_what_single_ones_do(name, llama, alone):
     apart, _ = computed(llama, 0, 1, merge=False, **SETTINGS[name])
     torch.testing.assert_close(alone(name)[0], apart, atol=1e-5, rtol=0)

@@ -259,3 +259,8 @@ def test_a_broken_index_is_named(tmp_path, content, named):
         (folder / "model_index.json").write_text(content)
     with pytest.raises(LoadError, match=named):
         made(folder)
+
+
+def test_weights_are_not_packed(tmp_path):
+    with pytest.raises(LoadError, match="quantization 'int8': pipelines of images are served in dtype"):
+        made(save(tmp_path / "sd"), quantization="int8")

@@ -122,3 +122,8 @@ def test_a_label_too_long_for_the_model_fails_alone(folder):
 def test_what_cannot_be_served_is_refused(folder, tmp_path):
     with pytest.raises(LoadError, match="bert cannot be served"):
         task_of(write(tmp_path))
+
+
+def test_weights_are_not_packed(folder):
+    with pytest.raises(LoadError, match="quantization 'int8': CLIP is served in dtype"):
+        task_of(folder, quantization="int8")
