@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from backend.compute.images.compiled import distance
 from backend.compute.proof import PARTS, allow
@@ -39,6 +39,8 @@ class Witness:
             hook.remove()
 
     def _see(self, model: nn.Module, values: tuple[Any, ...], named: dict[str, Any], answer: Any) -> None:
+        if not any(isinstance(leaf, Tensor) for leaf in tree_flatten(answer)[0]):
+            return  # an answer that cannot be looked into: neither compiling nor graphs take it
         self._values, self._named, self._answer = tree_map(_own, (values, named, answer))
         self._dtypes = _dtypes(model)
 

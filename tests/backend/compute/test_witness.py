@@ -127,5 +127,16 @@ def test_a_model_that_was_called_in_another_dtype_is_asked_in_that_one():
     assert layer.weight.dtype == torch.float16
 
 
+def test_an_answer_that_cannot_be_looked_into_proves_nothing():
+    class Opaque(torch.nn.Module):
+        def forward(self, values):
+            return {values}
+
+    witness = Witness(layer := Opaque(), "layer")
+    with witness.watching():
+        layer(torch.ones(1))
+    assert witness.confirm({"compile": layer}) == 0
+
+
 def test_what_was_never_called_proves_nothing():
     assert Witness(torch.nn.Linear(2, 2), "layer").confirm({"compile": print}) == 0
