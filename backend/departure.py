@@ -30,11 +30,11 @@ class Departure:
         self._next = 0.0
         self._since: float | None = None
 
-    def look(self) -> None:
-        """Leave, if it is time to."""
+    def look(self) -> bool:
+        """Leave, if it is time to; whether it has left."""
         now = time.monotonic()
         if self._left or now < self._next:
-            return
+            return self._left
         self._next = now + LOOK
         if not self._forgotten():
             self._since = None
@@ -43,6 +43,7 @@ class Departure:
         elif now - self._since >= PATIENCE:
             self._left = True
             self._leave()
+        return self._left
 
     def _forgotten(self) -> bool:
         """A model that is still being loaded is not in service either."""

@@ -234,7 +234,8 @@ class Exporter:
     def _run(self) -> None:
         while not self._closing.wait(PUSH):
             self._push()
-            self._departure.look()
+            if self._departure.look():  # its successor, if there is one, writes the same series
+                break
         self._push(last=True)
 
     def _push(self, last: bool = False) -> None:

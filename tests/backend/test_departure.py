@@ -28,7 +28,7 @@ class Model:
         """A look every second."""
         for _ in range(int(seconds)):
             self.now += 1
-            self.departure.look()
+            assert self.departure.look() == bool(self.left)
         return self.left
 
 

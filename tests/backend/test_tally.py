@@ -225,6 +225,19 @@ def test_a_failed_push_is_not_the_last(triton, caplog):
     assert restarts.value == 2 and "metrics could not be pushed" in caplog.text
 
 
+def test_once_forgotten_it_ends_the_service_and_writes_no_more(triton, monkeypatch):
+    """A successor's series have the same name."""
+    found, left = Tally(TASK), []
+    monkeypatch.setattr(triton.Departure, "look", lambda self: found.restarts > 0 and not left.append(1))
+    exporter = triton.Exporter(ARGS, found)
+    found.restarts = 1
+    exporter._thread.join(10)
+    assert not exporter._thread.is_alive() and left == [1]
+    (beat,) = [each for each in triton.made if each.name == "tritonspeed_heartbeat_seconds"]
+    assert beat.value == 0
+    exporter.close()
+
+
 def test_names_that_clients_already_use():
     vllm = """prompt_tokens_total generation_tokens_total num_requests_running num_requests_waiting kv_cache_usage_perc
         prefix_cache_queries prefix_cache_hits num_preemptions time_to_first_token_seconds time_per_output_token_seconds

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import time
 from collections import Counter
@@ -12,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from guests import guest, metrics, tritonserver
-from serving import eventually, gone
+from guests import metrics, tritonserver
+from serving import eventually, gone, request
 
-from backend import samples
-from client import DeadlineExceeded, InvalidInput, Unavailable
+from backend import repository, samples
+from client import InvalidInput, Unavailable
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "30"))
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -31,7 +32,7 @@ class Client:
     def __init__(self, served, name, number, expected):
         self.served, self.name, self.rng, self.expected = served, name, random.Random(number), expected
         self.pipe, self.embed = served.pipeline(name, retries=0), served.of("embed", "soaked_embed")
-        self.kinds = [self.whole, self.stream, self.leave, self.disconnect, self.vectors, self.refused]
+        self.kinds = [self.whole, self.stream, self.leave, self.last, self.disconnect, self.vectors, self.refused]
         self.counts, self.failed, self.gaps = Counter(), [], []
 
     def run(self, until):
@@ -63,6 +64,12 @@ class Client:
         with closing(self.pipe.stream("fox " * self.rng.randrange(1, 60), max_tokens=400)) as pieces:
             next(pieces)
 
+    def last(self):
+        """Cancel at the last response, before the stream has ended."""
+        call = self.served.ask(request(self.name, "the", max_tokens=1, stream=True))
+        next(call)
+        call.cancel()
+
     def disconnect(self):
         body = json.dumps({"text_input": "the", "stream": True, "max_tokens": 400, "timeout": 2_000_000})
         head = f"POST /v2/models/{self.name}/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -85,18 +92,21 @@ def ranks_of(served, name):
 
 
 @contextmanager
-def leaving(served, loaded):
-    """A guest that 2.51 may never let go of, see docs/faults.md, 17: then it has ended its ranks by itself."""
-    name = ""
+def soaked(served, task, name, folder, **parameters):
+    """A model of the soak alone. 2.51 may never let go of it (docs/faults.md, 17): then it ends its ranks by itself."""
+    repository.write(served.repository, task, name, {"model": str(folder), **parameters})
     try:
-        with loaded as name:
-            yield name
-    except DeadlineExceeded as error:
-        if "was not unloaded" not in str(error):
-            raise
-        ranks = ranks_of(served, name)
-        shown = {key: value for key, value in metrics(served).items() if name in key and "bucket" not in key}
-        assert ranks == [], f"{name} is held by Triton, and its ranks are still there: {ranks} {shown}"
+        with served.control() as control:
+            control.load(name, 180)
+            try:
+                yield name
+            finally:
+                control.unload(name, 60)
+                left = gone(ranks_of(served, name), 60)
+                shown = {key: value for key, value in metrics(served).items() if name in key and "bucket" not in key}
+                assert left == [], f"{name} has been unloaded: {control.models()} {shown}"
+    finally:
+        shutil.rmtree(served.repository / name)
 
 
 def held(served, name):
@@ -157,10 +167,10 @@ def report(served, name, clients, **states):
 
 def test_soak(served, tiny):
     """The KV cache is small, so that it is all in use early."""
-    small = {"max_sequences": 8, "max_model_len": 512, "num_blocks": 256}
+    small = {"max_sequences": "8", "max_model_len": "512", "num_blocks": "256"}
     with (
-        leaving(served, guest(served, "generate", "soaked", tiny, **small)) as name,
-        leaving(served, guest(served, "embed", "soaked_embed", samples.fetch("embed"))),
+        soaked(served, "generate", "soaked", tiny, **small) as name,
+        soaked(served, "embed", "soaked_embed", samples.fetch("embed")),
     ):
         with served.pipeline(name) as pipe:
             expected = [pipe("the quick", max_tokens=24, seed=seed).text for seed in range(4)]
