@@ -91,8 +91,9 @@ class Offload:
         if self._stream is None:
             return
         usual = compute()
-        self._stream.forget()
-        if not torch.equal(usual, compute()):
+        with self._stream.bare():
+            bare = compute()
+        if not torch.equal(usual, bare):
             raise LoadError("offload does not fit this model: weights of a layer are used outside that layer")
 
     def _check_room(self, needed: int) -> None:

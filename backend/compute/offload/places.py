@@ -84,7 +84,7 @@ class Layout:
                 self._starts[place.storage] = end
                 size = place.tensor.untyped_storage().nbytes()
                 end += -(-size // ALIGNED) * ALIGNED
-        self.nbytes = -(-end // PAGE) * PAGE  # what is read past the file system's cache comes in pages
+        self.nbytes = max(1, -(-end // PAGE)) * PAGE  # what is read past the file system's cache comes in pages
 
     def put(self, memory: Tensor) -> None:
         """Hang views of the memory where the places are.  # uint8 [nbytes or more]"""

@@ -7,7 +7,8 @@ than the usual one only waits longer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +30,11 @@ class Slot:
     """Place in the round of the layer in it, or on its way."""
     arrived: Arrived = field(default=lambda: None)
 
+    def forget(self) -> None:
+        self.arrived()
+        self.memory.fill_(NAN)
+        self.holds = -1
+
 
 class Stream:
     """A round of layers through slots: that at place p goes into slot p % slots."""
@@ -36,7 +42,7 @@ class Stream:
     def __init__(self, layers: list[nn.Module], slots: list[Tensor], transfers: Transfers) -> None:
         """The number of layers is a multiple of the slots'; a layer's place is its region's number in the store."""
         assert len(layers) % len(slots) == 0, (len(layers), len(slots))
-        self._transfers, self._count = transfers, len(layers)
+        self._transfers, self._count, self._bare = transfers, len(layers), False
         self._slots = [Slot(memory) for memory in slots]
         for place, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._enter, place))
@@ -47,12 +53,15 @@ class Stream:
         """Wait for a layer; if it is not even on its way, send for it and for those behind it."""
         slot = self._slots[place % len(self._slots)]
         if slot.holds != place:
-            self._fetch(range(place, place + len(self._slots)))
+            self._fetch(range(place, place + (1 if self._bare else len(self._slots))))
         slot.arrived()
 
     def _leave(self, place: int, *_: Any) -> None:
         """Fill the slot with the next layer that belongs there, after the last the first."""
-        self._fetch([place + len(self._slots)])
+        if self._bare:
+            self._slots[place % len(self._slots)].forget()
+        else:
+            self._fetch([place + len(self._slots)])
 
     def _fetch(self, places: Iterable[int]) -> None:
         for place in (place % self._count for place in places):
@@ -60,9 +69,13 @@ class Stream:
             if slot.holds != place:
                 slot.holds, slot.arrived = place, self._transfers.start(place, slot.memory)
 
-    def forget(self) -> None:
-        """Overwrite all slots with what is no number: whoever reads a layer's weights out of turn gets that."""
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Meanwhile a slot holds a layer only while that computes: reading its weights out of turn gives no numbers."""
         for slot in self._slots:
-            slot.arrived()
-            slot.memory.fill_(NAN)
-            slot.holds = -1
+            slot.forget()
+        self._bare = True
+        try:
+            yield
+        finally:
+            self._bare = False
