@@ -70,7 +70,7 @@ SAMPLES = {
         program="backend.training.classify",
         minutes=2,
     ),
-    "qa": Sample(name="minilm-facts", base="embed", program="backend.training.qa", minutes=3.5),
+    "qa": Sample(name="minilm-facts", base="embed", program="backend.training.qa", minutes=2.5),
     "text_to_image": Sample(name="digits-diffusion", program="backend.training.digits", minutes=4),
 }
 """By task. SmolLM2-135M-Instruct (Apache-2.0) is 4-bit GGUF in its wheel, bfloat16 once converted; all-MiniLM-L6-v2

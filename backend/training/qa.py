@@ -36,7 +36,7 @@ LONGEST_ANSWER = 15
 class Amount:
     """How many questions are trained on, and how many are kept to judge by."""
 
-    trained: int = 420 * BATCH
+    trained: int = 280 * BATCH
     held_out: int = 300
 
 
