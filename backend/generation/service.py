@@ -72,11 +72,16 @@ class Service:
             entry = self._journal.entry(one)
             try:
                 parameters, rows = one.parameters(), one.rows()
+                self._tokenise(one, entry, rows, parameters)
             except Exception as error:  # must not leave here: Triton would free the way back of all of them
                 refuse(one, error)
                 entry.close(error)
-            else:
-                self._tokenising.submit(self._begin, one, entry, rows, parameters)
+
+    def _tokenise(self, *request: Any) -> None:
+        try:
+            self._tokenising.submit(self._begin, *request)
+        except RuntimeError:  # there are no such threads any more
+            raise EngineDown("the model is being unloaded") from None
 
     def close(self) -> None:
         """End the engine; every request that is still open gets its error."""

@@ -153,6 +153,16 @@ def test_a_way_back_that_is_broken_ends_its_request_only(service, caplog):
     assert "could not be answered" in caplog.text
 
 
+def test_what_comes_after_the_end_is_refused(tmp_path):
+    """It may: a model that has left by itself has not been told by its server."""
+    ended = Service(EngineConfig(model=str(save_llama(tmp_path)), device="cpu"), lambda line: None, WORKER)
+    ended.close()
+    caller = Caller(5)
+    ended.serve([caller])
+    assert isinstance(caller.wait().error, EngineDown) and caller.ends == 1
+    ended.close()
+
+
 def test_dead_ranks_fail_every_caller_and_the_next_one_is_served(service):
     callers = [Caller(SLOW, 5, max_tokens=400, stream=True), Caller(CRASH)]
     service.serve(callers[:1])
