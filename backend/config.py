@@ -148,6 +148,11 @@ class EngineConfig:
         given = self.quantization_symmetric
         return self.quantization != "int4" if given is None else given
 
+    @property
+    def group(self) -> int:
+        """`quantization_group`, or what it is where it is left out; 0: all of a row."""
+        return self.quantization_group or {"int4": 32, "int8": 0 if self.symmetric else 64}.get(self.quantization, 0)
+
     def refuse(self, why: str, *names: str) -> None:
         """LoadError that names the first of these parameters that is not its default, and says why it must be."""
         usual = {field.name: field.default for field in fields(self)}

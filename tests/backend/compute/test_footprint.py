@@ -40,9 +40,9 @@ def both(folder: Path, **parameters: Any) -> tuple[int, int]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("quantization", "symmetric"),
-    [("", True), ("int8", True), ("int8", False), ("int4", True), ("int4", False), ("fp8", True)],
+    [("", None), ("int8", True), ("int8", False), ("int4", True), ("int4", False), ("fp8", True)],
 )
-def test_of_a_llama(dtype: str, quantization: str, symmetric: bool, tmp_path: Path) -> None:
+def test_of_a_llama(dtype: str, quantization: str, symmetric: bool | None, tmp_path: Path) -> None:
     folder = save_llama(tmp_path, hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4)
     forecast, held = both(folder, dtype=dtype, quantization=quantization, quantization_symmetric=symmetric)
     assert held == pytest.approx(forecast, rel=0.05)
