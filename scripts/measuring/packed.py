@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from backend.compute.dense import kernels
+from backend.compute.dense import kernels, packed
 from backend.compute.quantized.packed import FP8, Packed, Scheme
 from measuring.attention import captured
 from measuring.ceilings import seconds
@@ -72,6 +72,15 @@ def call_of(product: Product, tokens: int, device: torch.device) -> Call:
     if product.adds:
         return lambda weight: kernels.linear(x, weight, None, residual, None, None)
     return lambda weight: kernels.linear(x, weight, None, None, (gain, 1e-5), product.activation)
+
+
+def calls(kind: str, product: Product, tokens: int, device: torch.device) -> dict[str, Call]:
+    """What a block does; for fp8 the scaled product too, which rounds activations: blocks take it for prompts alone."""
+    found = {kind: call_of(product, tokens, device)}
+    if kind == "fp8":
+        x = torch.randn(tokens, product.width, dtype=torch.bfloat16, device=device)
+        found["fp8 scaled"] = lambda weight: packed.scaled(x, weight, None)
+    return found
 
 
 def library_of(product: Product, tokens: int, device: torch.device) -> Call:

@@ -21,7 +21,7 @@ def packed(report: Report, options: argparse.Namespace, limit: Ceiling) -> None:
     """Each projection of --shape, kind of --quantization and batch of --batches; with --sweep the best programs too."""
     import torch
 
-    from measuring.packed import products
+    from measuring.packed import calls, products
 
     device = torch.device("cuda")
     shape = SHAPES[options.shape or "llama-3.1-8b"] if not options.model else Shape.of(options.model)
@@ -36,7 +36,8 @@ def packed(report: Report, options: argparse.Namespace, limit: Ceiling) -> None:
             for kind in kinds:
                 weights = _weights(kind, options.group, product, device)
                 for batch in batches:
-                    _row(report, product, kind, batch, weights, times[batch], limit, device)
+                    for name, call in calls(kind, product, batch, device).items():
+                        _row(report, product, name, batch, call, weights, times[batch], limit)
                 del weights
                 torch.cuda.empty_cache()
         if options.sweep:
@@ -68,12 +69,11 @@ def _weights(kind: str, group: int, product: Any, device: Any) -> list[Any]:
 
 
 def _row(
-    report: Report, product: Any, kind: str, batch: int, weights: list[Any], full: float | None, limit: Ceiling,
-    device: Any,
+    report: Report, product: Any, kind: str, batch: int, call: Any, weights: list[Any], full: float | None,
+    limit: Ceiling,
 ) -> None:  # fmt: skip
-    from measuring.packed import call_of, time_of
+    from measuring.packed import time_of
 
-    call = call_of(product, batch, device)
     taken = report.attempt(f"{kind} {product.name} {batch}", lambda: time_of(call, weights))
     if not taken:
         return

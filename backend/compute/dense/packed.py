@@ -1,9 +1,9 @@
 """Products with packed weights on CUDA: which way for how many tokens, and the launches.
 
-One token: packed_vector.py. Up to packed_shape.TILED: packed_matrix.py. More: weights of fp8 by torch's scaled product,
-others made full, a part at a time, for the library's. Only the scaled product rounds activations, to fp8, a scale for
-each token. So that is done to prompts, not in decode steps of up to TILED sequences, where it would save nothing at few
-and make what a sequence gets depend on how many others there are.
+One token: packed_vector.py. Up to packed_shape.TILED: packed_matrix.py. More: weights made full, a part at a time, for
+the library's product. From packed_shape.SCALED on, fp8 weights of one scale a row: torch's scaled product, the only way
+that rounds activations, to fp8 with a scale for each token. So that is done to prompts, not in decode steps of fewer
+sequences, where it would make what one gets depend on how many others there are.
 Launches depend on shapes alone and read nothing back: CUDA graphs may hold them.
 """
 
@@ -22,7 +22,7 @@ from backend.compute.dense.norm import normed
 from backend.compute.dense.packed_codes import LEVELS
 from backend.compute.dense.packed_full import rounded, unpacked
 from backend.compute.dense.packed_matrix import apart_kernel, packed_matrix_kernel
-from backend.compute.dense.packed_shape import TILED, matrix, taken, vector
+from backend.compute.dense.packed_shape import SCALED, TILED, matrix, taken, vector
 from backend.compute.dense.packed_vector import packed_vector_kernel
 from backend.compute.dense.shape import Shape
 from backend.compute.dense.small_kernels import join_kernel
@@ -46,7 +46,7 @@ def linear(
     outputs, width = weight.shape
     group, per = weight.scheme.columns(width), 8 // weight.scheme.bits
     x = x.contiguous()
-    few = len(x) <= TILED and taken(group, width, per)
+    few = len(x) <= TILED and taken(group, width, per) and not scales(x, weight)
     if len(x) == 1 and few:
         shape = vector(outputs if activation is None else outputs // 2, width, activation is not None, per)
         return by_vector(shape, x, weight, bias, residual, norm, activation)
@@ -134,21 +134,21 @@ def many(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if scales(x, weight):
         return scaled(x, weight, bias)
     outputs, width = weight.shape
-    rows = max(1, SCRATCH // (width * weight.dtype.itemsize))
+    rows = max(1, SCRATCH // (width * x.dtype.itemsize))
     if outputs <= rows:
-        return F.linear(x, _full(weight), bias)
+        return F.linear(x, _full(weight, x.dtype), bias)
     result = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
     for start in range(0, outputs, rows):
         stop = min(start + rows, outputs)
-        torch.mm(x, _full(weight.rows(start, stop)).t(), out=result[:, start:stop])
+        torch.mm(x, _full(weight.rows(start, stop), x.dtype).t(), out=result[:, start:stop])
     return result if bias is None else result.add_(bias)
 
 
-def _full(weight: Packed) -> Tensor:
+def _full(weight: Packed, dtype: torch.dtype) -> Tensor:
     """In the scratch: until the next one."""
     outputs, width = weight.shape
-    room = _scratch(weight.device, max(SCRATCH, width * weight.dtype.itemsize))
-    return unpacked(weight, room.view(weight.dtype)[: outputs * width].view(outputs, width))
+    room = _scratch(weight.device, max(SCRATCH, width * dtype.itemsize))
+    return unpacked(weight, room.view(dtype)[: outputs * width].view(outputs, width))
 
 
 @lru_cache
@@ -159,7 +159,9 @@ def _scratch(device: torch.device, size: int) -> Tensor:
 
 
 def scales(x: Tensor, weight: Packed) -> bool:
-    """Whether torch's scaled product takes it: fp8 with one scale a row, on a GPU that multiplies fp8."""
+    """Whether it is for torch's scaled product: many tokens, one scale a row, on a GPU that multiplies fp8."""
+    if len(x) < SCALED:
+        return False
     rowwise = weight.scheme.kind == "fp8" and weight.scale.shape[1] == 1 and x.dtype == torch.bfloat16
     return rowwise and not (weight.shape[0] % 16 or weight.shape[1] % 16) and multiplies_fp8(x.device)
 

@@ -13,8 +13,6 @@ import triton.language as tl
 
 LEVELS = {"int4": 16, "int8": 256, "fp8": 0}
 """What kernels know of a kind."""
-HALF_UNIT = tl.constexpr(256.0)
-"""What `halves` is to be multiplied with: float16 has an exponent of another bias."""
 
 
 @triton.jit
@@ -22,15 +20,6 @@ def mantissa(bits, LEVELS: tl.constexpr):
     """1 + q / levels of codes that lie, in an int32, at the top of the mantissa's place; 16 and 256 levels."""
     MASK: tl.constexpr = 0x780000 if LEVELS == 16 else 0x7F8000
     return ((bits & MASK) | 0x3F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def halves(word):
-    """The fp8 codes in the second and fourth byte of int32s, by HALF_UNIT too small: sign, exponent, mantissa moved."""
-    moved = ((word >> 1) & 0x3F803F80) | (word & -0x7FFF8000)
-    low = (moved & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    high = (moved >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, high
 
 
 @triton.jit
@@ -52,9 +41,9 @@ def whole(q, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def steps(at, LEVELS: tl.constexpr, DIVIDES: tl.constexpr):
-    """What a number without its excess is to be multiplied with."""
+def steps(at, DIVIDES: tl.constexpr):
+    """What a code is to be multiplied with."""
     found = tl.load(at).to(tl.float32)
     if DIVIDES:
         found = 1.0 / found
-    return found if LEVELS == 0 else found * LEVELS
+    return found

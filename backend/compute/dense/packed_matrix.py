@@ -35,6 +35,7 @@ def packed_matrix_kernel(
     GROUPS: tl.constexpr = COLUMNS // GROUP if COLUMNS > GROUP and GROUP < WIDTH else 1
     LATE: tl.constexpr = GROUP == WIDTH and offset is None
     OVER: tl.constexpr = 0.0 if LEVELS == 0 else (1.5 if offset is None else 1.0)
+    UNIT: tl.constexpr = 1.0 if LEVELS == 0 else LEVELS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = clamped(row, outputs)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -46,20 +47,22 @@ def packed_matrix_kernel(
         q = streamed(codes + safe[:, None] * (WIDTH // PER) + at[None, :], (at < WIDTH // PER)[None, :], EVEN)
         even, odd = _inputs(x, token, live, start, WIDTH, COLUMNS, PER, APART, EVEN)
         first, second = _numbers(q, LEVELS)
-        first, second = first - OVER, second - OVER
-        if not LATE:
+        if LATE:
+            first, second = first - OVER, second - OVER
+        else:
             group = tl.minimum(start // GROUP + tl.arange(0, GROUPS), WIDTH // GROUP - 1)
             there = safe[:, None] * (WIDTH // GROUP) + group[None, :]
-            each = _spread(steps(scale + there, LEVELS, DIVIDES), COLUMNS // PER)
-            first, second = first * each, second * each
+            each = steps(scale + there, DIVIDES) * UNIT
+            least = -OVER * each
             if offset is not None:
-                least = _spread(tl.load(offset + there).to(tl.float32), COLUMNS // PER)
-                first, second = first + least, second + least
+                least += tl.load(offset + there).to(tl.float32)
+            each, least = _spread(each, COLUMNS // PER), _spread(least, COLUMNS // PER)
+            first, second = first * each + least, second * each + least
         sums = tl.dot(first.to(even.dtype), even, sums, input_precision=PRECISION)
         if PER == 2:
             sums = tl.dot(second.to(odd.dtype), odd, sums, input_precision=PRECISION)
     if LATE:
-        sums *= steps(scale + safe, LEVELS, DIVIDES)[:, None]
+        sums *= (steps(scale + safe, DIVIDES) * UNIT)[:, None]
     mask = (row < outputs)[:, None] & live[None, :]
     where = token.to(tl.int64)[None, :] * outputs + row[:, None]
     if SPLITS > 1:

@@ -12,6 +12,8 @@ from backend.compute.dense.shape import PROCESSORS, Shape, evenness
 
 TILED = 256
 """Tokens up to which tensor cores that unpack codes themselves beat the library's product of weights made full."""
+SCALED = TILED + 1
+"""Tokens from which fp8 weights meet activations rounded to fp8, where the GPU multiplies them."""
 GROUPS = (32, 64, 128, 256, 512, 1024)
 """Sizes of groups that kernels take, besides whole rows."""
 
@@ -35,17 +37,20 @@ def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
 def matrix(tokens: int, outputs: int, width: int, group: int, per: int) -> tuple[Shape, int]:
     """For 2 tokens and more, and the tokens of a program; splits where there are few programs."""
     size = next((size for size in (16, 32, 64) if tokens <= size), 128)
-    most = 128 if size < 128 or per == 2 else 64
+    most = 64 if size == 128 else 128  # codes of 8 bits: what registers hold twice or more on a processor
+    if per == 2:
+        most = 256 if size == 16 else 128
     columns = most if group in GROUPS and group < width else _covering(width, most, least=32)
     programs = -(-outputs // 64) * -(-tokens // size)
-    splits = _splits(programs, -(-width // columns))
+    splits = _splits(programs, -(-width // columns), least=PROCESSORS * 3 // 2 if size <= 32 else PROCESSORS * 3 // 4)
     return Shape(64, columns, warps=4, stages=4 if size <= 32 else 3, splits=splits), size
 
 
-def _splits(programs: int, tiles: int) -> int:
-    """The fewest that leave few processors idle, each with four tiles at the least."""
+def _splits(programs: int, tiles: int, least: int) -> int:
+    """The fewest that give so many programs and leave few processors idle, each with four tiles at the least."""
     useful = [splits for splits in (1, 2, 4, 8) if splits == 1 or tiles >= 4 * splits]
-    return next((each for each in useful if evenness(programs * each) >= 0.75), max(useful))
+    good = (each for each in useful if programs * each >= least and evenness(programs * each) >= 0.75)
+    return next(good, max(useful))
 
 
 def _covering(width: int, most: int, least: int) -> int:

@@ -49,8 +49,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-def opened(folder: Path) -> tuple[Any, Any]:
-    config = EngineConfig(model=str(folder), device="cpu")
+def opened(folder: Path, quantization: str = "") -> tuple[Any, Any]:
+    config = EngineConfig(model=str(folder), device="cpu", quantization=quantization)
     model = load(config, 0, 1, torch.device("cpu"), torch.float32, merge=True)
     return model, probe(model, "cpu")
 
@@ -79,6 +79,19 @@ def test_the_logits_of_transformers(name: str, folders: Any) -> None:
         for row in range(2):
             found = logits(model, specs, families.inputs()[row : row + 1, :tokens])
             torch.testing.assert_close(found[0], want[row, :tokens], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "gemma2"])
+def test_packed_layers_are_computed_as_well(name: str, folders: Any) -> None:
+    """With the same weights, so the same logits; and not those of the full ones."""
+    model, specs = opened(folders(name), "fp8")
+    ids = families.inputs()
+    before = [logits(model, specs, ids[:1, :tokens]) for tokens in (24, 7)]
+    report = blocks.install(model, specs, 1, torch.float32, torch.device("cpu"))
+    assert "fused kernels compute 2 of 2 layers" in report
+    for tokens, want in zip((24, 7), before, strict=True):
+        torch.testing.assert_close(logits(model, specs, ids[:1, :tokens]), want, atol=2e-4, rtol=2e-4)
+    assert not torch.allclose(before[0][0], families.expected(folders(name))[0, :24], atol=2e-4)
 
 
 def test_a_layer_that_computes_something_else_keeps_its_code(folders: Any) -> None:
