@@ -68,12 +68,12 @@ def perplexity(model: Any, ids: Tensor) -> float:
 
 
 @torch.inference_mode()
-def greedy(model: Any, tokenizer: Any) -> list[list[int]]:
+def greedy(model: Any, tokenizer: Any, prompts: int = len(PROMPTS), tokens: int = TOKENS) -> list[list[int]]:
     """The tokens after each prompt."""
     found = []
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[:prompts]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
         found.append(made[0, ids.shape[1] :].tolist())
     return found
 

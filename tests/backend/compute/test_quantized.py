@@ -148,3 +148,11 @@ def test_odd_groups_and_weights_that_do_not_fit_are_refused():
 def test_settings_that_do_not_go_together_are_refused_by_name(given, why):
     with pytest.raises(LoadError, match=why):
         EngineConfig(model="m", **given)
+
+
+def test_8b_in_int4_takes_less_than_7_gb():
+    """Llama-3.1-8B: embedding and head, of 128,256 by 4,096 each, stay in bfloat16."""
+    layer = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
+    scheme = scheme_of(EngineConfig(model="m", quantization="int4"))
+    packed_bytes = sum(Packed.empty(scheme, *shape, torch.bfloat16, torch.device("meta")).nbytes for shape in layer)
+    assert 6.3e9 < 32 * packed_bytes + 2 * 128256 * 4096 * 2 < 7e9
