@@ -67,6 +67,7 @@ class Shape:
 
 
 SHAPES = {
+    "llama-3.1-70b": Shape(8192, 28672, 80, 64, 8, 128256, tied=False),
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256, tied=False),
     "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128256),
     "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256),

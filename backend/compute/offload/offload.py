@@ -57,14 +57,14 @@ class Offload:
         stay += chain.from_iterable(layout.places for index, layout in enumerate(layouts) if index in resident)
         streamed = [index for index in range(len(layouts)) if index not in resident]
         self._layers, self._layouts = [layers[index][0] for index in streamed], [layouts[index] for index in streamed]
-        self._check_room(sum(layout.nbytes for layout in self._layouts))
+        self._check_room(self.moved)
         for layout in self._layouts:
             layout.put(self._store.region(layout.nbytes))
         self.told = self._words(on_device(stay, self._device), len(layouts))
 
     def watched(self, progress: Progress) -> Progress:
         """The same progress of filling, during which memory is let go of."""
-        tidied, total = 0.0, sum(layout.nbytes for layout in self._layouts)
+        tidied, total = 0.0, self.moved
 
         def tell(share: float) -> None:
             nonlocal tidied
@@ -85,6 +85,16 @@ class Offload:
             layout.put(slots[index % SLOTS])
         self._store.close_regions()
         self._stream = Stream(self._layers, slots, moves)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of weights that come to the device in a step."""
+        return sum(layout.nbytes for layout in self._layouts)
+
+    def round(self) -> None:
+        """Bring every layer to the device once, with nothing computed meanwhile: the way's own speed."""
+        if self._stream:
+            self._stream.round()
 
     def prove(self, compute: Callable[[], torch.Tensor]) -> None:
         """LoadError where a layer's weights are read out of its turn, when its slot holds something else."""
@@ -108,10 +118,9 @@ class Offload:
     def _words(self, held: int, count: int) -> str:
         if not self._layouts:
             return f"offload: all {count} layers stay on the device, {held >> 20} MiB"
-        moved = sum(layout.nbytes for layout in self._layouts)
         slots = SLOTS * max(layout.nbytes for layout in self._layouts)
         return (
-            f"offload: {len(self._layouts)} of {count} layers come from {self._place()}, {moved >> 20} MiB a step; "
+            f"offload: {len(self._layouts)} of {count} layers come from {self._place()}, {self.moved >> 20} MiB a step; "
             f"weights take {held + slots >> 20} MiB of the device"
         )
 

@@ -25,6 +25,8 @@ _IN_MEMORY = ("tmpfs", "ramfs")
 def host_memory(nbytes: int, device: torch.device) -> Tensor:
     """Whole pages; for a GPU locked, so that it copies them by itself while the host goes on.  # uint8 [nbytes]"""
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # large pages are locked and copied with less ado; not every kernel has them
+        pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
         _lock(memory)

@@ -69,6 +69,15 @@ class Stream:
             if slot.holds != place:
                 slot.holds, slot.arrived = place, self._transfers.start(place, slot.memory)
 
+    def round(self) -> None:
+        """All layers once through their slots, without computing; returns when the host need wait for none."""
+        for place in range(self._count):
+            slot = self._slots[place % len(self._slots)]
+            slot.arrived()
+            slot.holds, slot.arrived = place, self._transfers.start(place, slot.memory)
+        for slot in self._slots:
+            slot.arrived()
+
     @contextmanager
     def bare(self) -> Iterator[None]:
         """Meanwhile a slot holds a layer only while that computes: reading its weights out of turn gives no numbers."""

@@ -112,7 +112,7 @@ class Packed:
         """Round a full weight [N, K] into this one's places. It is computed in the full weight's own precision."""
         if tuple(full.shape) != self.shape:
             raise LoadError(f"a weight {list(full.shape)} does not fit {list(self.shape)}")
-        full = full.to(self.device)
+        full = full.to("cuda" if torch.cuda.is_initialized() else self.device)  # for places in host memory too: offload
         largest = None if self.agree is None else self.agree(_largest(full[:, None].to(self.dtype)))
         for start, stop in self.slices(AT_ONCE):
             part = full[start:stop].to(self.dtype)
