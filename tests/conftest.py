@@ -11,22 +11,11 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_exten
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_collection_modifyitems(config, items):
-    if getattr(config.option, "dist", "no") == "loadgroup":
-        _share_out(items)
+def pytest_collection_modifyitems(items):
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _cuda():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-def _share_out(items):
-    """Among processes: a file's tests stay together, and all that share one server. These come first: they take
-    longest, and the files that come next keep the other core less busy than engines of two ranks do."""
-    for item in items:
-        group = "served" if "served" in item.fixturenames else item.path.relative_to(ROOT).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: "served" not in item.fixturenames)
 
 
 def _cuda():
