@@ -52,7 +52,6 @@ def check_family(checkpoint: Checkpoint, tensor_parallel: int) -> None:
     """LoadError unless this kind of model can be served on so many ranks with the right result."""
     family = checkpoint.model_type
     _check(bool(family), f"{checkpoint.folder / 'config.json'} has no model_type")
-    _check("quantization_config" not in checkpoint.config, f"{family}: quantised checkpoints are not supported")
     named = checkpoint.architectures
     _check(
         not named or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named),

@@ -24,8 +24,6 @@ def check_task(checkpoint: Checkpoint, tensor_parallel: int) -> None:
     family = checkpoint.model_type
     if checkpoint.config.get("is_encoder_decoder"):
         raise LoadError(f"{family} is an encoder with a decoder, which is not supported")
-    if "quantization_config" in checkpoint.config:
-        raise LoadError(f"{family}: quantised checkpoints are not supported")
     if tensor_parallel > 1 and family not in SHARDABLE_ENCODERS:
         reason = _UNSHARDABLE.get(family, "it has not been shown that DeepSpeed shards it correctly")
         raise LoadError(f"{family} cannot be split over {tensor_parallel} ranks: {reason}; use tensor_parallel 1")

@@ -22,10 +22,9 @@ from backend.devices import free_host_memory as _host_memory
 from backend.errors import LoadError
 from backend.json_file import values_of
 from backend.model_folder import Tensor, resolve, root, stored
+from backend.quantized_folder import check_alone, kind_of
 from backend.tasks.pipeline_folder import PipelineFolder
 
-GROUPS = {("int4", True): 32, ("int4", False): 32, ("int8", False): 64}
-"""Columns of a group where none are asked for, by kind and whether symmetric; all of a row for the others."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SCALE = 4
 """Bytes of a symmetric group's scale (float32)."""
@@ -134,8 +133,9 @@ def _of_generate(config: EngineConfig, checkpoint: Checkpoint) -> Fit:
     kv_tokens = _kv_tokens(config, device, free - weights - step - graphs - _LIBRARIES[device], kv_token)
     length = _length(config, checkpoint, kv_tokens)
     fit = Fit(
-        checkpoint.model_type, device, dtype, len(heads), free, weights, step, graphs, config.quantization, heads,
-        kv_token, min(kv_tokens, config.max_sequences * length), length, moved,
+        checkpoint.model_type, device, dtype, len(heads), free, weights, step, graphs,
+        config.quantization or kind_of(checkpoint), heads, kv_token, min(kv_tokens, config.max_sequences * length),
+        length, moved,
     )  # fmt: skip
     _check_memory(fit, config.num_blocks * config.block_size or config.block_size)
     _check(
@@ -153,7 +153,8 @@ def _of_encoder(config: EngineConfig, checkpoint: Checkpoint) -> Fit:
     weights, moved = _weights(checkpoint, config, device, item, 1 / ranks)
     tokens = config.step_tokens or (16384 if device == "cuda" else 512)
     step = tokens * _activations(checkpoint, item, ranks)
-    return Fit(checkpoint.model_type, device, dtype, ranks, free, weights, step, 0, config.quantization, moved=moved)
+    kind = config.quantization or kind_of(checkpoint)
+    return Fit(checkpoint.model_type, device, dtype, ranks, free, weights, step, 0, kind, moved=moved)
 
 
 def _of_images(config: EngineConfig, folder: Path) -> Fit:
@@ -174,6 +175,7 @@ def _weights(
     checkpoint: Checkpoint, config: EngineConfig, device: str, itemsize: int, attention: float
 ) -> tuple[int, int]:
     """What the first rank's device holds, and what it gets each step from elsewhere, for which there must be room."""
+    check_alone(checkpoint, config)
     weights, moved = held.split(_sizes(checkpoint.tensors.values(), config, itemsize, attention), config)
     if config.offload != "cpu":
         return weights, moved
@@ -194,15 +196,17 @@ def _sizes(tensors: Any, config: EngineConfig, itemsize: int, attention: float) 
     for tensor in tensors:
         linear = len(tensor.shape) == 2 and not any(part in tensor.name for part in _NOT_LINEAR)
         own = attention if "attn" in tensor.name or "attention" in tensor.name else 1 / config.tensor_parallel
-        packed = linear and config.quantization and _REPEATED.search(tensor.name)
+        packed = linear and (config.quantization or tensor.form) and _REPEATED.search(tensor.name)
         size = packed_bytes(tensor, config, itemsize) if packed else tensor.numel * itemsize
         yield tensor.name, size * (own if linear else 1.0)
 
 
 def packed_bytes(tensor: Tensor, config: EngineConfig, itemsize: int) -> float:
     """Of a weight [N, K] as compute/quantized keeps it."""
+    if tensor.form:
+        return tensor.form.bytes(tensor.shape)
     rows, width = tensor.shape
-    groups = width / (config.quantization_group or GROUPS.get((config.quantization, config.symmetric), width))
+    groups = width / (config.group or width)
     scales = SCALE if config.symmetric else 2 * itemsize
     return prod(tensor.shape) * (0.5 if config.quantization == "int4" else 1) + rows * groups * scales
 

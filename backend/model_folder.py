@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from backend.errors import LoadError
 from backend.families import original, rope_limit, rope_type, ropes
 from backend.json_file import required, values_of
+from backend.quantized_folder import Form, layers
 
 MODEL_ROOT = "TRITONSPEED_MODEL_ROOT"
 """Environment variable: the folder that every model must lie in."""
@@ -81,6 +82,9 @@ class Tensor:
     """As safetensors names it: F32, BF16, F16, ..."""
     shape: tuple[int, ...]
     file: Path
+    form: Form | None = None
+    """Of a quantized layer's weight, which the checkpoint holds in `parts`; its dtype is then that of its scales."""
+    parts: tuple[Tensor, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -88,6 +92,8 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
+        if self.parts:
+            return sum(part.bytes for part in self.parts)
         return self.numel * _BYTES.get(self.dtype, 1)
 
 
@@ -104,7 +110,7 @@ class Checkpoint:
         """LoadError names the file that is missing, truncated or malformed."""
         folder = Path(folder)
         config = required(folder / "config.json", KIND)
-        return cls(folder, config, _read_tensors(folder))
+        return cls(folder, config, _layers(config, _read_tensors(folder)))
 
     @property
     def model_type(self) -> str:
@@ -162,6 +168,11 @@ class Checkpoint:
             if rope_type(rope) == "yarn":
                 length = max(length, int((original(rope, config) or length) * float(rope.get("factor") or 1)))
         return min(length, rope_limit(config) or length)
+
+
+@values_of("config.json")
+def _layers(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return layers(config, tensors)
 
 
 def stored(folder: Path) -> list[Tensor]:

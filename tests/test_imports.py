@@ -8,7 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FREE = {"backend.errors", "backend.config", "backend.devices", "backend.families"}
-FREE |= {"backend.checkpoint", "backend.model_folder", "backend.encoders", "backend.json_file", "backend.held"}
+FREE |= {
+    "backend.checkpoint",
+    "backend.model_folder",
+    "backend.quantized_folder",
+    "backend.encoders",
+    "backend.json_file",
+    "backend.held",
+}
 """What everything in backend may import."""
 
 

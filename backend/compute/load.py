@@ -19,6 +19,7 @@ from backend.compute import fused
 from backend.compute.attention.families import freeze_rope, unsupported
 from backend.compute.attention.paged import NAME, register
 from backend.compute.offload.offload import Offload
+from backend.compute.quantized.checkpoints.schemes import schemes
 from backend.compute.quantized.layer import packed_weights
 from backend.compute.quantized.packed import Packed
 from backend.compute.quantized.replace import replace
@@ -57,11 +58,12 @@ def load(
     model = _empty(checkpoint, dtype, attention)
     with Reader(checkpoint) as reader:
         wanted = recipes(model, checkpoint)
+        scheme = schemes(model, wanted, checkpoint, scheme_of(config))
         name, head, tied = _split_head(model, wanted, reader, rank, world)
         buffers, dtypes = {name: buffer.clone() for name, buffer in model.named_buffers()}, own_dtypes(model, dtype)
         put(model, name, nn.Identity())  # out of DeepSpeed's sight, which would split it by its input
         split(model, world, dtype)
-        if scheme := scheme_of(config):
+        if scheme:
             replace(model, scheme, dtypes, held)
         allocate(model, held)
         restore(model, buffers, dtypes, device)
@@ -214,20 +216,22 @@ def fill(
 
 def _values(
     target: str, recipe: Recipe, parts: dict[str, Span], reader: Reader, model: PreTrainedModel
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor | Packed]]:
     if recipe.converter is None:
-        yield target, reader.part(recipe.names[0], parts.get(target, WHOLE))
+        yield target, reader.value(recipe.names[0], parts.get(target, WHOLE))
         return
     for name, whole in reader.make(target, recipe, model).items():
         yield name, parts.get(name, WHOLE).of(whole)
 
 
-def _copy(name: str, place: torch.Tensor | Packed, value: torch.Tensor) -> None:
+def _copy(name: str, place: torch.Tensor | Packed, value: torch.Tensor | Packed) -> None:
     if tuple(place.shape) != tuple(value.shape):
         raise LoadError(f"{name!r}: the part for this rank is {list(value.shape)}, its place {list(place.shape)}")
     if value.dtype.is_floating_point != place.dtype.is_floating_point or value.dtype.itemsize < 2:
         raise LoadError(f"{name!r} is stored as {value.dtype}, which cannot become {place.dtype}")
-    if isinstance(place, Packed):
+    if isinstance(value, Packed):
+        place.take(value) if isinstance(place, Packed) else place.copy_(value.full())
+    elif isinstance(place, Packed):
         place.fill(value)
     else:
         place.copy_(value)

@@ -20,6 +20,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from backend.checkpoint import Checkpoint
+from backend.compute.quantized.checkpoints.read import read
+from backend.compute.quantized.packed import Packed
 from backend.errors import LoadError
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
@@ -130,11 +132,26 @@ class Reader:
         self._stack.close()
 
     def part(self, name: str, span: Span = WHOLE) -> torch.Tensor:
-        """Read a part of a tensor onto the host, as stored."""
-        file = self.checkpoint.tensors[name].file
+        """Read a part of a tensor onto the host, as stored; of a quantized layer's weight made full, in float32."""
+        value = self.value(name, span)
+        return value.full() if isinstance(value, Packed) else value
+
+    def value(self, name: str, span: Span = WHOLE) -> torch.Tensor | Packed:
+        """The same, but a quantized layer's weight as it is."""
+        tensor = self.checkpoint.tensors[name]
+        if tensor.form is None:
+            return span.of(self._slice(name, tensor.file))
+        if span.cut is not None:
+            raise LoadError(f"{name} joins projections and is quantized, which cannot be split over ranks")
+        files, ends = {part.name: part.file for part in tensor.parts}, [slice(0, size) for size in tensor.shape]
+        if span.dimension >= 0:
+            ends[span.dimension] = slice(span.start, span.stop)
+        return read(tensor, *ends, lambda part: self._slice(part, files[part]))
+
+    def _slice(self, name: str, file: Path) -> Any:
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-        return span.of(self._files[file].get_slice(name))
+        return self._files[file].get_slice(name)
 
     def make(self, target: str, recipe: Recipe, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Whole parameters by name, through transformers' conversion; only where the recipe has one."""

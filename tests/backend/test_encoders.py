@@ -33,12 +33,9 @@ def test_what_cannot_be_split_says_why(tmp_path, family, words):
         check_task(checkpoint(tmp_path, family, num_attention_heads=12), 2)
 
 
-@pytest.mark.parametrize(
-    ("config", "words"), [({"quantization_config": {}}, "quantised"), ({"is_encoder_decoder": True}, "with a decoder")]
-)
-def test_what_is_not_supported_is_refused(tmp_path, config, words):
-    with pytest.raises(LoadError, match=words):
-        check_task(checkpoint(tmp_path, **config), 1)
+def test_what_is_not_supported_is_refused(tmp_path):
+    with pytest.raises(LoadError, match="with a decoder"):
+        check_task(checkpoint(tmp_path, is_encoder_decoder=True), 1)
 
 
 @pytest.mark.parametrize(

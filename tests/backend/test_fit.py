@@ -98,7 +98,7 @@ def test_lengths_are_checked(model: Path, host: None) -> None:
         ({"model_type": "bloom"}, 2, "bloom cannot be served"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, 1, "BertModel is not a causal language model"),
         ({"is_encoder_decoder": True}, 1, "encoder-decoder"),
-        ({"quantization_config": {"quant_method": "gptq"}}, 1, "quantised"),
+        ({"quantization_config": {"quant_method": "gptq"}}, 1, "gptq: bits None is not served; served: 4, 8"),
         ({"model_type": None}, 1, "no model_type"),
         ({"num_hidden_layers": None}, 1, "no num_hidden_layers"),
     ],

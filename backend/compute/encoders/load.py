@@ -16,6 +16,7 @@ from backend.checkpoint import Checkpoint
 from backend.compute import fused
 from backend.compute.load import build, fill, finish, own_dtypes, put, restore, tie
 from backend.compute.offload.offload import Offload
+from backend.compute.quantized.checkpoints.schemes import schemes
 from backend.compute.quantized.packed import Scheme
 from backend.compute.quantized.replace import replace
 from backend.compute.sharding import allocate, check_split, in_blocks, spans, split
@@ -48,14 +49,15 @@ def load_encoder(
     model = build(checkpoint, getattr(transformers, auto), dtype, None)
     with Reader(checkpoint) as reader:
         wanted = recipes(model, checkpoint, optional=lambda name: bool(_HEADS.search(name)))
+        packing = schemes(model, wanted, checkpoint, scheme)
         _drop_pooler(model, wanted)
         tied = _tied(model, wanted, reader)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         dtypes = own_dtypes(model, dtype)
         hidden = hide(model)
         split(model, world, dtype)
-        if scheme:
-            replace(model, scheme, dtypes, held)
+        if packing:
+            replace(model, packing, dtypes, held)
         allocate(model, held)
         show(model, hidden, held)
         check_split(model, world)

@@ -35,6 +35,8 @@ class Scheme:
     group: int
     """Columns of a row that share a scale; 0: all of them."""
     symmetric: bool = True
+    stored: bool = False
+    """Whether a checkpoint holds the codes: offsets are then in float32 and added to q * scale."""
 
     @property
     def bits(self) -> int:
@@ -76,8 +78,9 @@ class Packed:
         stored = width // 2 if scheme.bits == 4 else width
         codes = torch.empty(rows, stored, dtype=FP8 if scheme.kind == "fp8" else torch.uint8, device=device)
         asymmetric = not scheme.symmetric
-        scale = torch.empty(rows, groups, dtype=dtype if asymmetric else torch.float32, device=device)
-        return cls(scheme, codes, scale, torch.empty_like(scale) if asymmetric else None, dtype, asymmetric)
+        divides = asymmetric and not scheme.stored
+        scale = torch.empty(rows, groups, dtype=dtype if divides else torch.float32, device=device)
+        return cls(scheme, codes, scale, torch.empty_like(scale) if asymmetric else None, dtype, divides)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -19,18 +19,26 @@ from backend.compute.sharding import in_blocks, kind_of, layer_spans
 from backend.errors import LoadError
 
 
-def replace(model: nn.Module, scheme: Scheme, dtypes: Mapping[str, torch.dtype], device: torch.device) -> int:
-    """Pack every linear layer of the repeated blocks; how many. The model's own parameters may be on the meta device.
+def replace(
+    model: nn.Module, scheme: Scheme | Mapping[str, Scheme], dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> int:
+    """Pack every linear layer of the repeated blocks, or those of them that are named; how many.
+
+    The model's own parameters may be on the meta device.
 
     LoadError names a matrix in the blocks that is not a linear layer's: the model would be larger than was asked for.
     """
     blocks, names = in_blocks(model), {id(module): name for name, module in model.named_modules()}
     linear = {names[id(module)]: module for module in blocks if _is_linear(module)}
+    if not isinstance(scheme, Scheme):
+        linear = {name: module for name, module in linear.items() if name in scheme}
     for name, module in linear.items():
         owner, _, leaf = name.rpartition(".")
-        packed = _packed(name, module, scheme, dtypes.get(f"{name}.weight", torch.float32), device)
+        own = scheme if isinstance(scheme, Scheme) else scheme[name]
+        packed = _packed(name, module, own, dtypes.get(f"{name}.weight", torch.float32), device)
         setattr(model.get_submodule(owner), leaf, packed)
-    _check_rest(model)
+    if isinstance(scheme, Scheme):
+        _check_rest(model)
     if not linear:
         raise LoadError(f"quantization: {type(model).__name__} has no linear layers in repeated blocks")
     return len(linear)
