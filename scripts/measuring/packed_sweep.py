@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 
 import torch
@@ -85,8 +86,13 @@ def run(candidate: Candidate, x: Tensor, weight: Packed, activation: str | None)
 
 def _compile(product: Product, scheme: Scheme, tokens: int, tried: list[Candidate]) -> None:
     shares = [tried[index::COMPILERS] for index in range(COMPILERS)]
-    with ProcessPoolExecutor(COMPILERS, get_context("spawn")) as pool:
-        list(pool.map(_compiled, itertools.repeat((product, scheme, tokens)), shares))
+    list(_pool().map(_compiled, itertools.repeat((product, scheme, tokens)), shares))
+
+
+@cache
+def _pool() -> ProcessPoolExecutor:
+    """One for all cases: each process takes seconds to begin."""
+    return ProcessPoolExecutor(COMPILERS, get_context("spawn"))
 
 
 def _compiled(case: tuple[Product, Scheme, int], tried: list[Candidate]) -> None:
