@@ -19,7 +19,7 @@ from backend.compute import fused
 from backend.compute.attention.families import freeze_rope, unsupported
 from backend.compute.attention.paged import NAME, register
 from backend.compute.offload.offload import Offload
-from backend.compute.quantized.checkpoints.schemes import schemes
+from backend.compute.quantized.checkpoints.schemes import idle_bias, schemes
 from backend.compute.quantized.layer import packed_weights
 from backend.compute.quantized.packed import Packed
 from backend.compute.quantized.replace import replace
@@ -57,7 +57,7 @@ def load(
     share_heads(checkpoint, world)
     model = _empty(checkpoint, dtype, attention)
     with Reader(checkpoint) as reader:
-        wanted = recipes(model, checkpoint)
+        wanted = recipes(model, checkpoint, optional=lambda name: idle_bias(name, reader))
         scheme = schemes(model, wanted, checkpoint, scheme_of(config))
         name, head, tied = _split_head(model, wanted, reader, rank, world)
         buffers, dtypes = {name: buffer.clone() for name, buffer in model.named_buffers()}, own_dtypes(model, dtype)

@@ -6,6 +6,7 @@ Codes, zero points and scales are drawn; nothing of backend is used.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write(folder: Path, name: str, plain: Path, scales: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
-    """Every projection of the plain model's folder in this form; the full weights that its codes mean, by name."""
+def write(
+    folder: Path, name: str, plain: Path, scales: torch.dtype = torch.float16, layers: str = r"_proj\.weight$"
+) -> dict[str, torch.Tensor]:
+    """These layers of the plain model's folder in this form; the full weights that its codes mean, by name."""
     chance = np.random.default_rng(sum(name.encode()))
     tensors, full = load_file(plain / "model.safetensors"), {}
-    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+    for key in [key for key in tensors if re.search(layers, key)]:
         owner, (rows, columns) = key.removesuffix(".weight"), tensors.pop(key).shape
         parts, full[key] = layer(CONFIGS[name], chance, rows, columns, scales)
         tensors |= {f"{owner}.{part}": value.contiguous() for part, value in parts.items()}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 from quantized_folders import CONFIGS, write
+from tiny_encoders import write as write_encoder
 
 SHAPE = {
     "vocab_size": 131,
@@ -172,6 +173,48 @@ def test_layers_that_are_left_as_they_are(folders, tmp_path):
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:128].clone()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     assert torch.equal(loaded(target).lm_head.weight, full[f"{head}.weight"].float())
+
+
+def test_biases_that_the_model_does_not_have(folders, tmp_path):
+    """Some libraries store them, of zeros."""
+    from backend.errors import LoadError
+
+    name = "model.layers.0.self_attn.q_proj.bias"
+    folder, *rest = folders("gptq 4")
+    zeros = loaded(changed(folder, tmp_path / "zeros", lambda tensors: tensors.update({name: torch.zeros(128)})))
+    want = reference(*rest)
+    assert (logits(zeros) - want).abs().max() < 1e-5 * want.abs().max()
+    with pytest.raises(LoadError, match=f"{name}.*has no place"):
+        loaded(changed(folder, tmp_path / "ones", lambda tensors: tensors.update({name: torch.ones(128)})))
+
+
+def test_encoders(tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    from backend.compute.encoders.load import load_encoder
+    from backend.compute.quantized.layer import packed_weights
+    from backend.model_folder import Checkpoint
+
+    write_encoder(tmp_path / "plain", "bert", "AutoModelForMaskedLM", hidden_size=64, intermediate_size=128)
+    full = write(tmp_path / "awq", "awq", tmp_path / "plain", layers=r"\.layer\..*(query|key|value|dense)\.weight$")
+    model = load_encoder(
+        Checkpoint.open(tmp_path / "awq"), "AutoModelForMaskedLM", 1, torch.device("cpu"), torch.float32
+    )
+    want = AutoModelForMaskedLM.from_pretrained(tmp_path / "plain")
+    want.load_state_dict({name: value.float() for name, value in full.items()}, strict=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS).logits, want.eval()(TOKENS).logits, atol=1e-4, rtol=0)
+    assert packed_weights(model).keys() == full.keys()
+
+
+def test_layers_that_are_not_linear_are_refused(tmp_path):
+    from backend.errors import LoadError
+
+    config = transformers.MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "plain")
+    write(tmp_path / "awq", "awq", tmp_path / "plain", layers=r"experts\.\d+\.w\d\.weight$")
+    with pytest.raises(LoadError, match=r"experts\.0\.w\d\.weight is quantized, and .* is not a linear layer's weight"):
+        loaded(tmp_path / "awq")
 
 
 def scattered(tensors):

@@ -8,7 +8,7 @@ from torch import nn
 
 from backend.compute.quantized.checkpoints.read import scheme_of
 from backend.compute.quantized.packed import Scheme
-from backend.compute.weights import Recipe
+from backend.compute.weights import Reader, Recipe
 from backend.errors import LoadError
 from backend.model_folder import Checkpoint
 
@@ -32,3 +32,10 @@ def schemes(
     if found and asked:
         raise LoadError("quantization: the checkpoint is quantized already; leave it out")
     return found or asked
+
+
+def idle_bias(name: str, reader: Reader) -> bool:
+    """Whether this adds nothing: some libraries give every quantized layer a bias, of zeros if the model has none."""
+    layer = reader.checkpoint.tensors.get(name.removesuffix(".bias") + ".weight")
+    quantized = name.endswith(".bias") and layer is not None and layer.form is not None
+    return quantized and not bool(reader.part(name).any())
