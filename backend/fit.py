@@ -22,7 +22,7 @@ from backend.devices import free_host_memory as _host_memory
 from backend.errors import LoadError
 from backend.json_file import values_of
 from backend.model_folder import Tensor, resolve, root, stored
-from backend.quantized_folder import check_alone, kind_of
+from backend.quantized_folder import check_asked, kind_of
 from backend.tasks.pipeline_folder import PipelineFolder
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -175,7 +175,7 @@ def _weights(
     checkpoint: Checkpoint, config: EngineConfig, device: str, itemsize: int, attention: float
 ) -> tuple[int, int]:
     """What the first rank's device holds, and what it gets each step from elsewhere, for which there must be room."""
-    check_alone(checkpoint, config)
+    check_asked(checkpoint, config)
     weights, moved = held.split(_sizes(checkpoint.tensors.values(), config, itemsize, attention), config)
     if config.offload != "cpu":
         return weights, moved

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 KEYS = ("quantization_config", "compression_config")
 """Of config.json; the second is compressed-tensors' older name."""
 SCALES = ("F16", "BF16", "F32")
-WEIGHT_ONLY = "the weights alone are quantized; activations stay in dtype"
+SCATTERED = (
+    "quantization_config: desc_act with groups cannot be split over ranks: a group's columns are scattered over all of"
+    " them; use tensor_parallel 1"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Form:
     symmetric: bool = True
     rows: int = 1
     """Rows that share a scale; 0: all of them."""
+    ordered: bool = False
+    """Whether the columns of a group may be any: the order is then stored too."""
 
     @property
     def bits(self) -> int:
@@ -45,7 +50,7 @@ class Form:
         """Of a weight of that shape as compute/quantized keeps it: codes, and float32 scales and offsets by row."""
         outputs, width = shape
         groups = width // (self.group or max(width, 1))
-        return outputs * (width * self.bits / 8 + groups * (4 if self.symmetric else 8))
+        return outputs * (width * self.bits / 8 + groups * (4 if self.symmetric else 8)) + 8 * width * self.ordered
 
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -82,12 +87,8 @@ def _gptq(given: dict[str, Any]) -> Form:
     _check(not given.get("is_marlin_format"), "gptq: is_marlin_format is not served")
     changed = [name for name in given.get("dynamic") or () if not str(name).startswith("-:")]
     _check(not changed, f"gptq: dynamic {changed[:1]} gives layers forms of their own, which is not served")
-    _check(
-        not (given.get("desc_act") and group and not given.get("static_groups")),
-        f"gptq: desc_act with group_size {group} is not served: its groups are of scattered columns, and shards and"
-        " kernels need neighbours",
-    )
-    return Form(layout, f"int{bits}", group, bool(given.get("sym", True)))
+    ordered = bool(given.get("desc_act") and group and not given.get("static_groups"))
+    return Form(layout, f"int{bits}", group, bool(given.get("sym", True)), ordered=ordered)
 
 
 def _awq(given: dict[str, Any]) -> Form:
@@ -258,13 +259,15 @@ def kind_of(checkpoint: Checkpoint) -> str:
     return form.kind if form else ""
 
 
-def check_alone(checkpoint: Checkpoint, config: EngineConfig) -> None:
-    """LoadError where weights that are quantized already are to be quantized."""
-    kind = kind_of(checkpoint)
-    if kind and config.quantization:
+def check_asked(checkpoint: Checkpoint, config: EngineConfig) -> None:
+    """LoadError where weights that are quantized already cannot be served as the configuration wants."""
+    form = form_of(checkpoint.config)
+    if form and config.quantization:
         raise LoadError(
-            f"quantization {config.quantization}: the checkpoint is quantized already ({kind}); leave it out"
+            f"quantization {config.quantization}: the checkpoint is quantized already ({form.kind}); leave it out"
         )
+    if form and form.ordered and config.tensor_parallel > 1:
+        raise LoadError(SCATTERED)
 
 
 def _check(holds: bool, message: str) -> None:

@@ -116,7 +116,7 @@ def _plain(part: nn.Module) -> bool:
     if type(part) is nn.Linear:
         return True
     if isinstance(part, PackedLinear):
-        return part.kind != "columns"
+        return part.kind != "columns" and not part.weight.scheme.ordered
     return type(part).__name__ == "LinearLayer" and not getattr(part, "gather_output", True)
 
 

@@ -33,6 +33,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptq 4": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False},
     "gptq 4 symmetric": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True},
     "gptq 8 whole rows": {"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": False, "desc_act": True},
+    "gptq scattered": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": True},
     "gptq v2": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "checkpoint_format": "gptq_v2"},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     "packed int4": compressed("pack-quantized", INT),
@@ -76,11 +77,14 @@ def layer(
     if config.get("sym"):
         z[:] = 1 << bits - 1
     s, full = _meant(q, z, chance, kind)
+    index = torch.arange(k, dtype=torch.int32) // group
+    if config.get("desc_act") and group < k:
+        columns = torch.tensor(chance.permutation(k))
+        q, full, index = q[:, columns], full[:, columns], index[columns]
     if config["quant_method"] == "awq":
         q, z = (x.T.reshape(x.shape[1], n // 8, 8)[..., list(ORDER)].reshape(x.shape[1], n) for x in (q, z))
         return {"qweight": words(q, 4, 1), "qzeros": words(z, 4, 1), "scales": s.T}, full
     stored = z if "checkpoint_format" in config else (z - 1) % (1 << bits)
-    index = torch.arange(k, dtype=torch.int32) // group
     parts = {"qweight": words(q.T, bits, 0), "qzeros": words(stored.T, bits, 1), "scales": s.T, "g_idx": index}
     return parts, full
 

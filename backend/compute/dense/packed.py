@@ -43,6 +43,9 @@ def linear(
     x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None, norm: Norm | None, activation: str | None
 ) -> Tensor:
     """See base.Ops; of any number of tokens."""
+    if weight.order is not None:
+        x, norm = (x if norm is None else normed(x.contiguous(), None, *norm)), None
+        x, weight = weight.arranged(x)
     outputs, width = weight.shape
     group, per = weight.scheme.columns(width), 8 // weight.scheme.bits
     x = x.contiguous()

@@ -16,14 +16,21 @@ from backend.errors import LoadError
 
 BITS = {"int4": 4, "int8": 8, "fp8": 8}
 FP8 = torch.float8_e4m3fn
+MOST = torch.finfo(FP8).max
+LEAST = 1e-12
+"""Scales' least size: of a group of zeros."""
 AT_ONCE = 1 << 22
 """Elements that are rounded at a time: what that takes beside the weight is some float32 copies of them."""
 
-SHARES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
-"""Of the scale that holds a group's value of largest size: those that are tried for int4."""
+SHARES = {
+    "int4": (0.8, 0.85, 0.9, 0.95, 1.0, 1.05),
+    "int8": (1.0,),
+    "fp8": tuple(2 ** (eighth / 8) for eighth in range(8)),
+}
+"""Of the scale with which the largest code stands for a group's value of largest size: those that are tried."""
 
-Agree = Callable[[Tensor], Tensor]
-"""The largest absolute values of a rank's rows [N, 1] to those of the whole rows."""
+Agree = Callable[[Tensor, str], Tensor]
+"""What a rank has to the "max" or the "sum" of it over all ranks that share the rows."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class Scheme:
     symmetric: bool = True
     stored: bool = False
     """Whether a checkpoint holds the codes: offsets are then in float32 and added to q * scale."""
+    ordered: bool = False
+    """Whether groups are of columns in an order of their own, not of neighbours."""
 
     @property
     def bits(self) -> int:
@@ -70,6 +79,8 @@ class Packed:
     divides: bool = False
     agree: Agree | None = None
     """Where the columns are split among ranks and a row has one scale: so that it is the same on all of them."""
+    order: Tensor | None = None
+    """int64 [K]: which column of the weight the codes have in each place; None: they lie as it does."""
 
     @classmethod
     def empty(cls, scheme: Scheme, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Packed:
@@ -80,7 +91,8 @@ class Packed:
         asymmetric = not scheme.symmetric
         divides = asymmetric and not scheme.stored
         scale = torch.empty(rows, groups, dtype=dtype if divides else torch.float32, device=device)
-        return cls(scheme, codes, scale, torch.empty_like(scale) if asymmetric else None, dtype, divides)
+        order = torch.empty(width, dtype=torch.int64, device=device) if scheme.ordered else None
+        return cls(scheme, codes, scale, torch.empty_like(scale) if asymmetric else None, dtype, divides, order=order)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,7 +106,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (self.codes, self.scale, self.offset) if each is not None)
+        return sum(each.nbytes for each in (self.codes, self.scale, self.offset, self.order) if each is not None)
 
     def rows(self, start: int, stop: int) -> Packed:
         """A view of some rows."""
@@ -116,10 +128,17 @@ class Packed:
         if tuple(full.shape) != self.shape:
             raise LoadError(f"a weight {list(full.shape)} does not fit {list(self.shape)}")
         full = full.to("cuda" if torch.cuda.is_initialized() else self.device)  # for places in host memory too: offload
-        largest = None if self.agree is None else self.agree(_largest(full[:, None].to(self.dtype)))
+        scale = None if self.agree is None else self._agreed_scale(full, self.agree)
         for start, stop in self.slices(AT_ONCE):
             part = full[start:stop].to(self.dtype)
-            self.rows(start, stop).take(pack(part, self.scheme, None if largest is None else largest[start:stop]))
+            self.rows(start, stop).take(pack(part, self.scheme, None if scale is None else scale[start:stop]))
+
+    def _agreed_scale(self, full: Tensor, agree: Agree) -> Tensor:
+        """[N, 1], the one that all ranks' columns together would get."""
+        ends = agree(_ends(full[:, None].to(self.dtype), self.scheme), "max")
+        slices = [slice(*each) for each in self.slices(AT_ONCE)]
+        errors = [_errors(full[each, None].to(self.dtype), ends[each], self.scheme) for each in slices]
+        return _best(ends, agree(torch.cat(errors, dim=1), "sum"), self.scheme)
 
     def take(self, other: Packed) -> None:
         """Copy another one's tensors into these places; LoadError unless it has the same form."""
@@ -129,6 +148,8 @@ class Packed:
         self.scale.copy_(other.scale)
         if self.offset is not None and other.offset is not None:
             self.offset.copy_(other.offset)
+        if self.order is not None and other.order is not None:
+            self.order.copy_(other.order)
 
     def full(self) -> Tensor:
         """The weight [N, K] in its dtype."""
@@ -138,7 +159,12 @@ class Packed:
         else:
             grouped = codes.float() * self.scale.float()[..., None]
             grouped = grouped if self.offset is None else grouped + self.offset.float()[..., None]
-        return grouped.flatten(1).to(self.dtype)
+        found = grouped.flatten(1).to(self.dtype)
+        return found if self.order is None else torch.empty_like(found).index_copy_(1, self.order, found)
+
+    def arranged(self, x: Tensor) -> tuple[Tensor, Packed]:
+        """Inputs [..., K] in the order of the codes, and the weight that is to be multiplied with those."""
+        return (x, self) if self.order is None else (x.index_select(-1, self.order), replace(self, order=None))
 
     def _codes(self) -> Tensor:
         """[N, groups, columns], centred if there is no offset."""
@@ -175,13 +201,14 @@ def widened(codes: Tensor) -> Tensor:
     return half.float() * 256
 
 
-def pack(full: Tensor, scheme: Scheme, largest: Tensor | None = None) -> Packed:
-    """The weight [N, K] rounded, on its own device; `largest` [N, groups] in place of its own absolute values'."""
+def pack(full: Tensor, scheme: Scheme, scale: Tensor | None = None) -> Packed:
+    """The weight [N, K] rounded, on its own device; with this scale [N, groups], or the best of some."""
     grouped = full.unflatten(1, (-1, scheme.columns(full.shape[1])))  # [N, groups, columns]
-    if scheme.kind == "fp8":
-        return _float(full, grouped, scheme, largest)
+    offset = None
     if scheme.symmetric:
-        codes, scale, offset = _symmetric(grouped, scheme.bits, largest)
+        scale = searched(grouped, scheme) if scale is None else scale
+        codes = _rounded(grouped.float(), scale, scheme)
+        codes = codes.to(FP8) if scheme.kind == "fp8" else (codes + (1 << scheme.bits - 1)).to(torch.uint8)
     else:
         codes, scale, offset = _asymmetric(grouped, scheme.bits)
     codes = codes.flatten(1)
@@ -190,46 +217,48 @@ def pack(full: Tensor, scheme: Scheme, largest: Tensor | None = None) -> Packed:
     return Packed(scheme, codes, scale, offset, full.dtype, divides=not scheme.symmetric)
 
 
-def _largest(grouped: Tensor) -> Tensor:
-    """[N, groups, columns] -> [N, groups]"""
-    low, high = grouped.aminmax(dim=-1)
-    return torch.maximum(-low, high)
+def searched(grouped: Tensor, scheme: Scheme) -> Tensor:
+    """[N, groups, columns] -> [N, groups]: of some scales the one with the least squared error."""
+    ends = _ends(grouped, scheme)
+    return ends if len(SHARES[scheme.kind]) == 1 else _best(ends, _errors(grouped, ends, scheme), scheme)
 
 
-def _scale(grouped: Tensor, largest: Tensor | None, steps: float) -> Tensor:
-    found = _largest(grouped) if largest is None else largest
-    return found.float().clamp(min=1e-12) / steps
+def _ends(grouped: Tensor, scheme: Scheme) -> Tensor:
+    """[N, groups]: the scales with which the largest code stands for the value of largest size.
 
-
-def _float(full: Tensor, grouped: Tensor, scheme: Scheme, largest: Tensor | None) -> Packed:
-    most = torch.finfo(FP8).max
-    scale = _scale(grouped, largest, most)
-    codes = (grouped.float() / scale[..., None]).clamp(-most, most).to(FP8)
-    return Packed(scheme, codes.flatten(1), scale, None, full.dtype)
-
-
-def _symmetric(grouped: Tensor, bits: int, largest: Tensor | None) -> tuple[Tensor, Tensor, None]:
-    half = 1 << bits - 1
-    scale = _scale(grouped, largest, half - 1) if bits > 4 or largest is not None else _searched(grouped.float(), half)
-    codes = (grouped.float() / scale[..., None]).round_().clamp_(-half, half - 1) + half
-    return codes.to(torch.uint8), scale, None
-
-
-def _searched(grouped: Tensor, half: int) -> Tensor:
-    """[N, groups]: of some scales the one with the least squared error.
-
-    The value of largest size gets the lowest code, whatever its sign, so that all are used: scales may be negative.
+    For int4 it is the lowest code, whatever that value's sign, so that all codes are used: scales may be negative.
     """
-    low, high = grouped.aminmax(dim=-1)
-    end = torch.where(-low > high, low, high) / -half
-    end = torch.where(end == 0, 1e-12, end)
-    best, least = end, torch.full_like(end, torch.inf)
-    for share in SHARES:
-        scale = (end * share)[..., None]
-        error = (grouped / scale).round_().clamp_(-half, half - 1).mul_(scale).sub_(grouped).square_().sum(-1)
-        best = torch.where(error < least, scale[..., 0], best)
-        least = torch.minimum(error, least)
-    return best
+    low, high = (each.float() for each in grouped.aminmax(dim=-1))
+    if scheme.kind == "int4":
+        return _not_zero(torch.where(-low > high, low, high) / -8)
+    return _not_zero(torch.maximum(-low, high) / (MOST if scheme.kind == "fp8" else 127))
+
+
+def _not_zero(scale: Tensor) -> Tensor:
+    return torch.where(scale.abs() < LEAST, LEAST, scale)
+
+
+def _rounded(grouped: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """float32 [N, groups, columns] as codes, centred, in float32."""
+    codes = grouped / scale[..., None]
+    if scheme.kind == "fp8":
+        return widened(codes.clamp_(-MOST, MOST).to(FP8))
+    half = 1 << scheme.bits - 1
+    return codes.round_().clamp_(-half, half - 1)
+
+
+def _errors(grouped: Tensor, ends: Tensor, scheme: Scheme) -> Tensor:
+    """Squared errors, float64 [shares, N, groups]; in that precision sums do not depend on who has which columns."""
+    grouped, found = grouped.float(), []
+    for share in SHARES[scheme.kind]:
+        scale = ends * share
+        error = _rounded(grouped, scale, scheme).mul_(scale[..., None]).sub_(grouped)
+        found.append(error.square_().sum(-1, dtype=torch.float64))
+    return torch.stack(found)
+
+
+def _best(ends: Tensor, errors: Tensor, scheme: Scheme) -> Tensor:
+    return ends * torch.tensor(SHARES[scheme.kind], device=ends.device)[errors.argmin(0)]
 
 
 def _asymmetric(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from backend.compute.quantized.packed import Packed, Scheme
 from backend.compute.quantized.scheme import check_width
 from backend.compute.sharding import in_blocks, kind_of, layer_spans
 from backend.errors import LoadError
+from backend.quantized_folder import SCATTERED
 
 
 def replace(
@@ -57,14 +58,16 @@ def _packed(name: str, layer: Any, scheme: Scheme, dtype: torch.dtype, device: t
     check_width(name, scheme, width, start, stop)
     weight = Packed.empty(scheme, rows, columns, dtype, device)
     split = kind == "columns" and layer.tp_world_size > 1
+    if split and scheme.ordered:
+        raise LoadError(SCATTERED)
     if split and not scheme.group:
         weight = weight.agreed(_agree)
     return PackedLinear(weight, layer.bias, kind, spans, _join(layer) if split else None)
 
 
-def _agree(largest: Tensor) -> Tensor:
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest
+def _agree(own: Tensor, how: str) -> Tensor:
+    dist.all_reduce(own, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[how])
+    return own
 
 
 def _join(layer: Any) -> Join:

@@ -96,7 +96,7 @@ def test_logits_and_memory(name, folders):
     assert f"{fit.quantization} weights" in fit.report()[0]
 
 
-@pytest.mark.parametrize("name", ["gptq 4", "packed int8", "fp8"])
+@pytest.mark.parametrize("name", ["gptq scattered", "packed int8", "fp8"])
 def test_in_half_precision_weights_are_rounded_once(name, folders):
     from backend.compute.quantized.layer import packed_weights
 
@@ -232,7 +232,8 @@ def endless(tensors):
 
 @pytest.mark.parametrize(
     ("name", "change", "words"),
-    [("gptq 4", scattered, "g_idx scatters"), ("gptq 4 symmetric", uncentred, "not all 8, though.*sym"),
+    [("gptq 4", scattered, "g_idx does not put columns into groups"),
+     ("gptq 4 symmetric", uncentred, "not all 8, though.*sym"),
      ("awq", endless, "no numbers")],
 )  # fmt: skip
 def test_contents_that_would_not_give_the_model_are_refused(name, change, words, folders, tmp_path):
@@ -252,3 +253,12 @@ def test_they_are_not_quantized_again(folders):
         loaded(folder, quantization="int8")
     with pytest.raises(LoadError, match=r"quantization int8: the checkpoint is quantized already \(int4\)"):
         check(EngineConfig(model=str(folder), device="cpu", quantization="int8"))
+
+
+def test_scattered_groups_are_not_split(folders):
+    from backend.config import EngineConfig
+    from backend.errors import LoadError
+    from backend.fit import check
+
+    with pytest.raises(LoadError, match=r"desc_act with groups cannot be split.*tensor_parallel 1"):
+        check(EngineConfig(model=str(folders("gptq scattered")[0]), device="cpu", tensor_parallel=2))

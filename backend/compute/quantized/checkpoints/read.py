@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backend.compute.quantized.checkpoints.words import in_columns, in_rows, numbers, paired
-from backend.compute.quantized.packed import FP8, Packed, Scheme
+from backend.compute.quantized.packed import FP8, Packed, Scheme, unpaired
 from backend.errors import LoadError
 from backend.model_folder import Tensor as Stored
 from backend.quantized_folder import Form
@@ -25,7 +25,7 @@ Codes = tuple[Tensor, Tensor, Tensor | None]
 
 
 def scheme_of(form: Form) -> Scheme:
-    return Scheme(form.kind, form.group, form.symmetric, stored=True)
+    return Scheme(form.kind, form.group, form.symmetric, stored=True, ordered=form.ordered)
 
 
 def read(tensor: Stored, rows: slice, columns: slice, opened: Open) -> Packed:
@@ -42,8 +42,11 @@ def read(tensor: Stored, rows: slice, columns: slice, opened: Open) -> Packed:
     codes, scale, zero = LAYOUTS[form.layout](owner, form, parts, rows, columns)
     if not bool(scale.isfinite().all()) or (codes.dtype == FP8 and bool((codes.view(torch.uint8) & 127 == 127).any())):
         raise LoadError(f"{owner} holds values that are no numbers")
+    order = _order(owner, form, parts)
+    if order is not None:
+        codes = paired(unpaired(codes)[:, order]) if form.bits == 4 else codes[:, order]
     offset = None if form.symmetric or zero is None else -(zero * scale)
-    return Packed(scheme_of(form), codes.contiguous(), scale.contiguous(), offset, torch.float32)
+    return Packed(scheme_of(form), codes.contiguous(), scale.contiguous(), offset, torch.float32, order=order)
 
 
 def _groups(form: Form, columns: slice) -> slice:
@@ -60,16 +63,21 @@ def _gptq(owner: str, form: Form, parts: dict[str, Any], rows: slice, columns: s
         zero = zero + 1 & (1 << form.bits) - 1
     if form.symmetric and bool((zero != 1 << form.bits - 1).any()):
         raise LoadError(f"{owner}.qzeros are not all {1 << form.bits - 1}, though quantization_config says sym")
-    _check_order(owner, form, parts)
     return codes, scale, zero.float()
 
 
-def _check_order(owner: str, form: Form, parts: dict[str, Any]) -> None:
+def _order(owner: str, form: Form, parts: dict[str, Any]) -> Tensor | None:
+    """The columns by their groups, where these are scattered (desc_act)."""
     if "g_idx" not in parts:
-        return
-    order = parts["g_idx"][:]
-    if not torch.equal(order, torch.arange(len(order), dtype=order.dtype) // (form.group or len(order))):
-        raise LoadError(f"{owner}.g_idx scatters the columns of a group (desc_act), which is not served")
+        return None
+    group_of: Tensor = parts["g_idx"][:]
+    neighbours = torch.arange(len(group_of), dtype=group_of.dtype) // (form.group or len(group_of))
+    if torch.equal(group_of, neighbours) and not form.ordered:
+        return None
+    order = group_of.argsort(stable=True)
+    if not form.ordered or not torch.equal(group_of[order], neighbours):
+        raise LoadError(f"{owner}.g_idx does not put columns into groups as quantization_config has it (desc_act)")
+    return order
 
 
 def _awq(owner: str, form: Form, parts: dict[str, Any], rows: slice, columns: slice) -> Codes:
