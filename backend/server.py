@@ -143,14 +143,21 @@ def serve(options: argparse.Namespace) -> int:
         line = tritonserver.command(installation.executable, models, backends, ports, behaviour)
         (folder / "cwd").mkdir()  # the stubs' first place to import from: it must hold nothing
         (folder / "tmp").mkdir()  # for what stubs that are killed would leave in the machine's own
-        log = Log(run_folder.run() / f"{ports.grpc}.log", options.log_mib << 20, options.log_files)
-        output = Output(log, options.verbose)
-        stack.callback(leftovers.remove, os.getpid())
         environment = tritonserver.environment(run_folder.cache(), folder / "tmp", otel=options.otel)
-        child = Child(line, environment, folder / "cwd", output.read)
-        stack.callback(child.kill)
-        stack.enter_context(served(Health(ports, models, output.states), ports.host, ports.health))
-        return watch(child, output, ports, behaviour, models)
+        stack.callback(leftovers.remove, os.getpid())
+        for starts in (1, 2):
+            log = Log(run_folder.run() / f"{ports.grpc}.log", options.log_mib << 20, options.log_files)
+            output = Output(log, options.verbose)
+            child = Child(line, environment, folder / "cwd", output.read)
+            stack.callback(child.kill)
+            with served(Health(ports, models, output.states), ports.host, ports.health):
+                status = watch(child, output, ports, behaviour, models, last=starts == 2)
+            if status is not None:
+                return status
+            _say("tritonserver aborted while it loaded models: starting it once more")
+            child.kill()
+            leftovers.remove(os.getpid())
+    raise AssertionError("the last start has a status")
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -201,14 +208,21 @@ def _behaviour(options: argparse.Namespace, ports: Ports) -> Options:
     return Options(options.explicit, options.keep_going, options.verbose, drain, key, cache, options.otel, repair)
 
 
-def watch(child: Child, output: Output, ports: Ports, behaviour: Options, models: Path) -> int:
-    """Until the server ends, or a signal asks for its end."""
+def watch(
+    child: Child, output: Output, ports: Ports, behaviour: Options, models: Path, last: bool = True
+) -> int | None:
+    """Until the server ends, or a signal asks for its end.
+
+    None where it is worth another start, unless this is the last: 2.51 may abort (lock_exception) when a model fails to
+    load on a busy machine.
+    """
     begin = time.monotonic()
     while not ready(ports):
         if child.wait(_POLL_SECONDS):
             return _stop(child, output, behaviour)
         if child.ended() is not None:
-            return _failed(child, output, "did not start")
+            aborted = child.ended() == -signal.SIGABRT and not last
+            return None if aborted else _failed(child, output, "did not start")
     local.announce(ports.grpc, ports.http, models, behaviour.explicit, ports.health, ports.local)
     try:
         _greet(ports, models, time.monotonic() - begin)

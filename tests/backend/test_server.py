@@ -122,6 +122,20 @@ def assert_nothing_left(launcher, pids, run):
 # --- with the stand-in
 
 
+@pytest.mark.parametrize(("mode", "starts"), [("abort-once", 2), ("abort", 2)])
+def test_a_server_that_aborts_while_it_loads_is_started_once_more(mode, starts, fake, tmp_path):
+    """As 2.51 may where a model fails to load; a second time is the last."""
+    launcher = fake(mode, FAKE_STARTS=str(tmp_path / "starts"))
+    launcher.until("starting it once more")
+    if mode == "abort-once":
+        launcher.until("ready after")
+        launcher.process.send_signal(signal.SIGINT)
+    assert launcher.end() == (0 if mode == "abort-once" else 1)
+    assert ("did not start (signal 6)" in launcher.said) == (mode == "abort")
+    assert (tmp_path / "starts").read_text() == "x" * starts
+    assert_nothing_left(launcher, started(fake), tmp_path / "run")
+
+
 def test_ready_tells_what_to_try_and_ctrl_c_leaves_nothing(fake, tmp_path):
     launcher = fake("ready")
     ready = launcher.until("ready after")

@@ -3,6 +3,7 @@
 
 ready: serves until SIGTERM.  deaf: also ignores SIGTERM.  broken: a model fails.  crash: serves, then dies at once.
 sick: serves, and its model says that it is down.  loud: prints 3 MiB before it serves.
+abort: aborts while it loads, each time; abort-once: the first time.
 """
 
 import http.server
@@ -28,6 +29,12 @@ print('I1123 07:00:08.464342 9802 model_lifecycle.cc:472] "loading: generate:1"'
 if mode == "loud":
     for number in range(3 << 10):
         print(f"{number:1023}", flush=number % 100 == 0)
+
+if mode.startswith("abort"):
+    before = Path(os.environ["FAKE_STARTS"])
+    before.write_text(before.read_text() + "x" if before.exists() else "x")
+    if mode == "abort" or before.read_text() == "x":
+        os.abort()
 
 if mode == "sick":
     print("I1123 07:00:08.464342 9802 model_lifecycle.cc:839] \"successfully loaded 'generate'\"", flush=True)
