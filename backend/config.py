@@ -68,7 +68,7 @@ class EngineConfig:
     quantization: str = ""
     """Linear layers of the repeated blocks in int8, int4 or fp8, rounded as they are read; empty: in dtype."""
     quantization_group: int = 0
-    """Columns of a row that share a scale; 0: 32 for int4, else all (of int8 that is not symmetric: 64)."""
+    """Columns of a row that share a scale; 0: 32 for int4, 64 for int8, all for fp8."""
     quantization_symmetric: bool | None = None
     """Whether zero is the middle code; false: DeepSpeed's form, each group from its least to its greatest value. Left
     out: false for int4, else true."""
@@ -151,7 +151,7 @@ class EngineConfig:
     @property
     def group(self) -> int:
         """`quantization_group`, or what it is where it is left out; 0: all of a row."""
-        return self.quantization_group or {"int4": 32, "int8": 0 if self.symmetric else 64}.get(self.quantization, 0)
+        return self.quantization_group or {"int4": 32, "int8": 64}.get(self.quantization, 0)
 
     def refuse(self, why: str, *names: str) -> None:
         """LoadError that names the first of these parameters that is not its default, and says why it must be."""

@@ -93,19 +93,31 @@ def test_rounding_some_rows_at_a_time_changes_nothing(scheme, monkeypatch):
     assert torch.equal(place.scale, at_once.scale)
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.symmetric and not scheme.group], ids=names)
-def test_columns_of_several_ranks_have_the_scale_of_the_whole_rows(scheme):
-    full = weight()
-    largest, whole = full.abs().amax(1, keepdim=True), made(full, scheme).full()
-    for start, stop in ((0, 80), (80, 128)):
-        part = Packed.empty(scheme, 96, stop - start, full.dtype, CPU).agreed(lambda own: torch.maximum(own, largest))
-        part.fill(full[:, start:stop])
-        assert torch.equal(part.full(), whole[:, start:stop])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_columns_of_several_ranks_have_the_scale_of_the_whole_rows(kind):
+    full, scheme = weight(), Scheme(kind, 0)
+    place = made(full, scheme)
+    parts, said = [full[:, :80], full[:, 80:]], {"max": [], "sum": []}
+
+    def agree(own, how):
+        said[how].append(own)
+        return answers[how]
+
+    ends = [packed._ends(part[:, None], scheme) for part in parts]
+    whole_ends = torch.maximum(*ends)
+    errors = sum(packed._errors(part[:, None], whole_ends, scheme) for part in parts)
+    answers = {"max": whole_ends, "sum": errors}
+    for part, columns in zip(parts, (slice(0, 80), slice(80, 128)), strict=True):
+        rank = Packed.empty(scheme, *part.shape, full.dtype, CPU).agreed(agree)
+        rank.fill(part)
+        assert torch.equal(rank.full(), place.full()[:, columns])
+    assert torch.equal(torch.maximum(*said["max"]), whole_ends)
+    torch.testing.assert_close(sum(said["sum"]), errors)
 
 
 def test_int4_is_asymmetric_and_the_others_symmetric_where_nothing_is_said():
     forms = {kind: scheme_of(EngineConfig(model="m", quantization=kind)) for kind in ("int8", "int4", "fp8")}
-    assert forms["int8"] == Scheme("int8", 0) and forms["fp8"] == Scheme("fp8", 0)
+    assert forms["int8"] == Scheme("int8", 64) and forms["fp8"] == Scheme("fp8", 0)
     assert forms["int4"] == Scheme("int4", 32, symmetric=False)
     given = {"model": "m", "quantization": "int4", "quantization_symmetric": "true", "quantization_group": "64"}
     assert scheme_of(EngineConfig.from_parameters(given)) == Scheme("int4", 64)
