@@ -66,7 +66,8 @@ class Encoder:
             self._graph(birth.world)
 
     def _packs(self, dtype: torch.dtype) -> bool:
-        wanted = self._device.type == "cuda" and self._config.fused_kernels
+        """Not with offload: packing calls the layers' code past the hooks that wait for their weights."""
+        wanted = self._device.type == "cuda" and self._config.fused_kernels and not self._config.offload
         return wanted and packable(type(self._model), self._model.config, dtype)
 
     def _pack(self) -> None:
