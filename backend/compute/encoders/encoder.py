@@ -20,8 +20,8 @@ from backend.compute.encoders.graphs import Capture, agree
 from backend.compute.encoders.inputs import Inputs
 from backend.compute.encoders.load import load_encoder
 from backend.compute.encoders.packing import Packing
-from backend.compute.proof import PARTS, allow, distance
 from backend.compute.offload.offload import Offload
+from backend.compute.proof import PARTS, allow, distance
 from backend.compute.quantized.scheme import scheme_of
 from backend.compute.room import Room
 from backend.compute.tensor_parallel import join
