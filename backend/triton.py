@@ -161,23 +161,13 @@ def failure(error: ServingError) -> Any:
 
 
 def departure(args: Mapping[str, str], latest: Latest, leave: Callable[[], None]) -> Departure:
-    """Of this stub's model."""
-    name, version = args["model_name"], args["model_version"]
-
-    def serving() -> bool:
-        if not parent.lives():
-            return True
-        try:
-            return bool(latest) and bool(pb_utils.is_model_ready(model_name=name, model_version=version))
-        except Exception as error:  # the server is ending, say
-            log.debug("no answer whether the model is ready", exc_info=error)
-            return True
+    """Of this stub's model. Triton itself is not asked: is_model_ready, asked while 2.51 starts, made it abort later."""
 
     def forgotten() -> None:
-        reporter(name)("out of service, and still held by the server: its ranks end")
+        reporter(args["model_name"])("replaced, and still held by the server: its ranks end")
         leave()
 
-    return Departure(serving, lambda: not OPEN, forgotten)
+    return Departure(lambda: bool(latest), lambda: not OPEN, forgotten)
 
 
 PUSH = 1.0

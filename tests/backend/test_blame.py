@@ -154,8 +154,7 @@ def test_the_end_lets_go_of_tritons_objects(triton, end, breaks):
     assert sender.flags == [triton.FINAL]
 
 
-def test_a_model_that_was_replaced_leaves_though_its_name_is_ready(triton, monkeypatch):
-    triton.pb_utils.is_model_ready = lambda **given: True
+def test_a_model_that_was_replaced_leaves(triton, monkeypatch):
     monkeypatch.setattr("backend.departure.LOOK", 0.0)
     monkeypatch.setattr("backend.departure.PATIENCE", 0.0)
     left, latest = [], [1]
@@ -167,30 +166,3 @@ def test_a_model_that_was_replaced_leaves_though_its_name_is_ready(triton, monke
     departure.look()
     departure.look()
     assert left == [1]
-
-
-def test_a_model_that_triton_has_forgotten_leaves(triton, monkeypatch, capsys):
-    """Asked for by name; no answer means that it is still in service, and what has an open request is."""
-    answers, left, asked = [True, False, False, RuntimeError("the server ends"), False, False], [], []
-
-    def ready(**given):
-        asked.append(given)
-        if isinstance(answer := answers.pop(0), Exception):
-            raise answer
-        return answer
-
-    triton.pb_utils.is_model_ready = ready
-    monkeypatch.setattr("backend.departure.LOOK", 0.0)
-    monkeypatch.setattr("backend.departure.PATIENCE", 0.0)
-    departure = triton.departure({"model_name": "m", "model_version": "3"}, [1], lambda: left.append(1))
-    waiting = triton.Asked(Asking(Sender()))
-    departure.look()
-    departure.look()
-    waiting.end()
-    for _ in range(3):
-        departure.look()
-    assert not left
-    departure.look()
-    departure.look()
-    assert left == [1] and not answers and asked == [{"model_name": "m", "model_version": "3"}] * 6
-    assert "m | out of service" in capsys.readouterr().out
