@@ -1,4 +1,4 @@
-"""Departure: ends a model that its server has taken out of service untold. It knows neither Triton nor ranks.
+"""Departure: ends a model that another process of it has replaced. It knows neither Triton nor ranks.
 
 Triton unloads a model when nothing refers to it any more. 2.51 never lets go of a gRPC stream that its caller cancelled
 between the last response and the stream's end: the model then stays UNLOADING until the server ends, `finalize` is not
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 LOOK = 2.0
-"""Seconds between two questions to the server, each of which takes 0.1 ms."""
+"""Seconds between two looks."""
 PATIENCE = 20.0
 """Seconds out of service and without a request, until it counts as forgotten."""
 

@@ -161,7 +161,7 @@ def failure(error: ServingError) -> Any:
 
 
 def departure(args: Mapping[str, str], latest: Latest, leave: Callable[[], None]) -> Departure:
-    """Of this stub's model. Triton itself is not asked: is_model_ready, asked while 2.51 starts, made it abort later."""
+    """Of this stub's model. Triton is not asked: 2.51 aborted after is_model_ready had been asked at its start."""
 
     def forgotten() -> None:
         reporter(args["model_name"])("replaced, and still held by the server: its ranks end")
