@@ -18,6 +18,7 @@ from backend.generation.params import Defaults
 from backend.generation.tokenizer import Tokenizer
 from backend.json_file import content, optional
 from backend.model_folder import Checkpoint
+from backend.quantized_folder import ROLES
 from backend.tasks import find, sentence_folder
 from backend.tasks.labels import labels_of, scoring
 from backend.tasks.pipeline_folder import PIPELINES, PipelineFolder
@@ -94,6 +95,35 @@ def language_model(folder: Path) -> Target:
         allowed(partial(Defaults.from_folder, folder), lambda: forecast().report(), partial(_facts, folder))
 
     return target
+
+
+def quantized(folder: Path) -> Target:
+    """A checkpoint that says it is quantized already: what it says of that, and tensors of any shapes."""
+    more = "desc_act static_groups sym version checkpoint_format dynamic strategy block_structure kv_cache_scheme"
+    names = [*QUANTIZED, *more.split(), "sparsity_config", "weight_block_size", "input_activations"]
+
+    def target(data: bytes) -> None:
+        draw = Draw(data)
+        form = draw.changed(QUANTIZED | {"quant_method": draw.one(["gptq", "awq", "compressed-tensors", "fp8"])}, names)
+        put(folder / "config.json", LLAMA | {draw.one(["quantization_config", "compression_config"]): form})
+        endings = [ending for role in ROLES.values() for ending in role]
+        shapes = {
+            f"a.0.q_proj.{end}": [draw.below(20) * 8 for _ in range(draw.below(3))] for end in dict.fromkeys(endings)
+        }
+        shapes = {name: shape for name, shape in shapes.items() if draw.below(4)}
+        content = header(shapes | {"a.0.q_proj.qweight": [2, 16], "a.0.q_proj.qzeros": [1, 2]})
+        (folder / "model.safetensors").write_bytes(content.replace(b'"F32"', draw.one([b'"I32"', b'"F32"'])))
+        config = replace(CONFIG, model=str(folder), tensor_parallel=1 + draw.below(2))
+        allowed(lambda: fit.check(config).report(), partial(_facts, folder))
+
+    return target
+
+
+QUANTIZED = {
+    "bits": 4,
+    "group_size": -1,
+    "config_groups": {"a": {"format": "pack-quantized", "weights": {"num_bits": 4, "type": "int", "group_size": 16}}},
+}
 
 
 def _facts(folder: Path) -> object:
@@ -283,6 +313,7 @@ def _served(config: EngineConfig) -> None:
 
 FOLDERS: dict[str, Callable[[Path], Target]] = {
     "language_model": language_model,
+    "quantized": quantized,
     "encoder": encoder,
     "sentence": sentence,
     "pipeline": pipeline,
