@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from backend.errors import LoadError
@@ -165,7 +166,8 @@ class EngineConfig:
         types = {field.name: str(field.type) for field in fields(cls)}
         given = {name: value for name, value in given.items() if name not in _IGNORED}
         if unknown := sorted(given.keys() - types.keys()):
-            raise LoadError(f"unknown parameter {unknown[0]!r} in config.pbtxt; known: {', '.join(types)}")
+            near = get_close_matches(unknown[0], types, 3) or types
+            raise LoadError(f"unknown parameter {unknown[0]!r} in config.pbtxt; known: {', '.join(near)}")
         _check(bool(given.get("model")), "parameter 'model' is missing in config.pbtxt")
         if given.get("offload"):
             given = {**_OFFLOADED, **given}

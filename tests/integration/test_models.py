@@ -18,7 +18,7 @@ LONG = [5] * 40
 """A prompt as token ids."""
 
 REASONS = {
-    "misspelt": "unknown parameter 'max_sequencs' in config.pbtxt; known: model, ",
+    "misspelt": "unknown parameter 'max_sequencs' in config.pbtxt; known: max_sequences, ",
     "missing": "no such model folder: ",
     "pickled": "pickled weights only (pytorch_model.bin); pickle can run code and is refused",
     "phi3": "phi3 cannot be split over 2 ranks: ",
