@@ -141,12 +141,14 @@ class Reader:
         tensor = self.checkpoint.tensors[name]
         if tensor.form is None:
             return span.of(self._slice(name, tensor.file))
-        if span.cut is not None:
-            raise LoadError(f"{name} joins projections and is quantized, which cannot be split over ranks")
         files, ends = {part.name: part.file for part in tensor.parts}, [slice(0, size) for size in tensor.shape]
         if span.dimension >= 0:
             ends[span.dimension] = slice(span.start, span.stop)
-        return read(tensor, *ends, lambda part: self._slice(part, files[part]))
+        found = read(tensor, ends[0], ends[1], lambda part: self._slice(part, files[part]))
+        if span.cut is None:
+            return found
+        numbers = torch.arange(tensor.shape[0], dtype=torch.float64)[:, None]
+        return found.chosen(span.cut(numbers)[:, 0].long())  # DeepSpeed's rule for joined projections, of rows alone
 
     def _slice(self, name: str, file: Path) -> Any:
         if file not in self._files:

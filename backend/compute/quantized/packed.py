@@ -113,6 +113,11 @@ class Packed:
         offset = None if self.offset is None else self.offset[start:stop]
         return replace(self, codes=self.codes[start:stop], scale=self.scale[start:stop], offset=offset)
 
+    def chosen(self, rows: Tensor) -> Packed:
+        """A copy of these rows, int64 [n]."""
+        offset = None if self.offset is None else self.offset[rows]
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], offset=offset)
+
     def agreed(self, agree: Agree) -> Packed:
         """The same places, of which other ranks hold the rest of each row."""
         return replace(self, agree=agree)

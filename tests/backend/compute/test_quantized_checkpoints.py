@@ -105,6 +105,20 @@ def test_in_half_precision_weights_are_rounded_once(name, folders):
         assert torch.equal(value.full(), full[key].bfloat16())
 
 
+def joined_projections(scratch, family):
+    """A family whose gate and up (and queries, keys, values) are one matrix; its quantized folder and full weights."""
+    config = transformers.AutoConfig.for_model(family, **SHAPE, head_dim=32, pad_token_id=0)
+    torch.manual_seed(2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(scratch / f"plain {family}")
+    return scratch / family, scratch / f"plain {family}", write(scratch / family, "gptq 4", scratch / f"plain {family}")
+
+
+def test_joined_projections(tmp_path):
+    folder, *rest = joined_projections(tmp_path, "phi3")
+    want = reference(*rest)
+    assert (logits(loaded(folder)) - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def rank_of_two(rank, scratch, folders):
     from backend.compute.tensor_parallel import connect
 
@@ -113,8 +127,9 @@ def rank_of_two(rank, scratch, folders):
     torch.save({name: logits(loaded(path, rank, 2)) for name, path in folders.items()}, Path(scratch) / f"{rank}.pt")
 
 
-def test_two_ranks_compute_what_one_does(folders):
-    paths = {name: folders(name)[0] for name in SPLIT}
+def test_two_ranks_compute_what_one_does(folders, tmp_path):
+    found = {name: folders(name) for name in SPLIT} | {"glm4": joined_projections(tmp_path, "glm4")}
+    paths = {name: folder for name, (folder, _, _) in found.items()}
     scratch = tempfile.mkdtemp(prefix="tritonspeed-checkpoints-")
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=rank_of_two, args=(rank, scratch, paths), daemon=True) for rank in range(2)]
@@ -127,11 +142,11 @@ def test_two_ranks_compute_what_one_does(folders):
     finally:
         for process in ranks:
             process.kill()
-    for name in SPLIT:
-        want = reference(*folders(name)[1:])
-        for rank in range(2):
-            found = torch.load(Path(scratch) / f"{rank}.pt", weights_only=False)[name]
-            assert (found - want).abs().max() < 2e-5 * want.abs().max(), name
+    computed = [torch.load(Path(scratch) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for name, (_, base, full) in found.items():
+        want = reference(base, full)
+        for rank in computed:
+            assert (rank[name] - want).abs().max() < 2e-5 * want.abs().max(), name
 
 
 def changed(folder, target, change):
