@@ -27,9 +27,13 @@ def product(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Packed) -> bool:
-    """Whether torch's kernel takes it: a scale a row, and no offset."""
-    rowwise = weight.scale.shape[1] == 1 and weight.offset is None
-    return weight.scheme.kind == "int8" and rowwise and x.dtype == torch.bfloat16
+    """Whether torch's kernel takes it."""
+    return weight.scheme.kind == "int8" and _rowwise(weight) and x.dtype == torch.bfloat16
+
+
+def _rowwise(weight: Packed) -> bool:
+    """Whether all that codes need is a scale a row."""
+    return weight.scale.shape[1] == 1 and weight.offset is None and weight.order is None
 
 
 def _by_kernel(x: Tensor, weight: Packed, place: Tensor) -> None:
@@ -38,7 +42,7 @@ def _by_kernel(x: Tensor, weight: Packed, place: Tensor) -> None:
 
 
 def _by_full(x: Tensor, weight: Packed, place: Tensor) -> None:
-    if weight.scale.shape[1] == 1 and weight.offset is None and x.dtype == torch.float32:
+    if _rowwise(weight) and x.dtype == torch.float32:
         torch.mm(x, _levels(weight).t(), out=place)
         place *= weight.scale[:, 0]
     else:

@@ -162,8 +162,8 @@ class Packed:
         if self.divides and self.offset is not None:  # every step rounded to dtype, as DeepSpeed's own
             grouped = codes.to(self.dtype).div_(self.scale[..., None]).add_(self.offset[..., None])
         else:
-            grouped = codes.float() * self.scale.float()[..., None]
-            grouped = grouped if self.offset is None else grouped + self.offset.float()[..., None]
+            grouped = codes.float().mul_(self.scale.float()[..., None])  # never in the codes themselves
+            grouped = grouped if self.offset is None else grouped.add_(self.offset.float()[..., None])
         found = grouped.flatten(1).to(self.dtype)
         return found if self.order is None else torch.empty_like(found).index_copy_(1, self.order, found)
 
@@ -177,7 +177,7 @@ class Packed:
         if self.scheme.kind == "fp8":
             codes = widened(codes)
         elif self.offset is None:
-            codes = codes.float() - (1 << self.scheme.bits - 1)
+            codes = codes.float().sub_(1 << self.scheme.bits - 1)
         return codes.reshape(len(codes), self.scale.shape[1], -1)
 
 

@@ -20,4 +20,4 @@ def product(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
         found = packed.product(rows, weight, bias)
     else:
         found = cpu.product(rows, weight, bias)
-    return found.view(*x.shape[:-1], -1)
+    return found.view(*x.shape[:-1], weight.shape[0])
