@@ -17,6 +17,7 @@ from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.generation.tokenizer import Tokenizer
 from backend.model_folder import Checkpoint
+from backend.quantized_folder import kind_of
 from backend.tasks.pictures import read
 from backend.tasks.task import Array, Row, check_bytes, filled, text_of, texts, texts_of
 
@@ -51,6 +52,8 @@ class ZeroShotImage:
     def __init__(self, folder: Path, config: EngineConfig) -> None:
         config.refuse("CLIP is served in dtype, on the device", "quantization", "offload")
         self.config, checkpoint = config, Checkpoint.open(folder)
+        if kind_of(checkpoint):
+            raise LoadError("quantization_config: CLIP that is quantized already is not served")
         if checkpoint.model_type not in FAMILIES:
             raise LoadError(f"{checkpoint.model_type} cannot be served for zero_shot_image: only {', '.join(FAMILIES)}")
         self.tokenizer = Tokenizer.from_folder(folder)

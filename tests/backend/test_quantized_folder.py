@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from backend.config import EngineConfig
 from backend.errors import LoadError
 from backend.model_folder import Tensor
 from backend.quantized_folder import Form, form_of, layers
+from backend.tasks import find
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 
@@ -129,3 +134,12 @@ def test_layers_that_lack_a_tensor(lost: str) -> None:
 def test_a_checkpoint_without_any_such_layer() -> None:
     with pytest.raises(LoadError, match="holds no quantized layer"):
         layers({"quantization_config": AWQ}, tensors(("a.weight", "F16", (2, 2))))
+
+
+def test_clip_that_is_quantized_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "quantization_config": AWQ}))
+    parts = {"qweight": np.zeros((32, 1), np.int32), "qzeros": np.zeros((1, 1), np.int32)}
+    parts["scales"] = np.zeros((1, 8), np.float16)
+    save_file({f"a.{role}": value for role, value in parts.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(LoadError, match="CLIP that is quantized already"):
+        find("zero_shot_image")(tmp_path, EngineConfig(model=str(tmp_path)))

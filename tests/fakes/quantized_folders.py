@@ -84,8 +84,10 @@ def layer(
     if config["quant_method"] == "awq":
         q, z = (x.T.reshape(x.shape[1], n // 8, 8)[..., list(ORDER)].reshape(x.shape[1], n) for x in (q, z))
         return {"qweight": words(q, 4, 1), "qzeros": words(z, 4, 1), "scales": s.T}, full
-    stored = z if "checkpoint_format" in config else (z - 1) % (1 << bits)
-    parts = {"qweight": words(q.T, bits, 0), "qzeros": words(stored.T, bits, 1), "scales": s.T, "g_idx": index}
+    zeros = words(z.T, bits, 1)
+    if "checkpoint_format" not in config:  # version 1: less 1 in each place, by one subtraction from the word
+        zeros = ((zeros.long() - int("1" * 8 if bits == 4 else "01" * 4, 16) + (1 << 31)) % (1 << 32) - (1 << 31)).int()
+    parts = {"qweight": words(q.T, bits, 0), "qzeros": zeros, "scales": s.T, "g_idx": index}
     return parts, full
 
 

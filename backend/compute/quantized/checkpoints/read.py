@@ -20,6 +20,7 @@ from backend.quantized_folder import Form
 
 Open = Callable[[str], Any]
 """A tensor's name -> its slice, of which no more is read than is asked for."""
+ONES = {4: 0x11111111, 8: 0x01010101}
 Codes = tuple[Tensor, Tensor, Tensor | None]
 """Codes as Packed has them; float32 scales [N, groups]; zero points of the same shape."""
 
@@ -54,13 +55,15 @@ def _groups(form: Form, columns: slice) -> slice:
 
 
 def _gptq(owner: str, form: Form, parts: dict[str, Any], rows: slice, columns: slice) -> Codes:
-    """Codes in int32 down the columns; zero points along the rows, one less than they are unless it is version 2."""
+    """Codes in int32 down the columns; zero points along the rows, one less than they are unless it is version 2.
+
+    The one is put back in whole words, as it was taken: a zero point of 0 had borrowed from the next.
+    """
     per, groups = 32 // form.bits, _groups(form, columns)
     codes = in_columns(parts["qweight"][columns.start // per : columns.stop // per, rows], form.bits)
     scale = parts["scales"][groups, rows].float().t()
-    zero = numbers(parts["qzeros"][groups, :], form.bits)[:, rows].t()
-    if form.layout == "gptq":
-        zero = zero + 1 & (1 << form.bits) - 1
+    words = parts["qzeros"][groups, :] + (ONES[form.bits] if form.layout == "gptq" else 0)
+    zero = numbers(words, form.bits)[:, rows].t()
     if form.symmetric and bool((zero != 1 << form.bits - 1).any()):
         raise LoadError(f"{owner}.qzeros are not all {1 << form.bits - 1}, though quantization_config says sym")
     return codes, scale, zero.float()
