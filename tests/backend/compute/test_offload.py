@@ -35,6 +35,7 @@ from backend.model_folder import Checkpoint
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
+PACKED = {"quantization": "int4", "quantization_group": 32}
 CHECKED = "backend.compute.offload.offload"
 
 
@@ -238,7 +239,7 @@ def test_the_text_is_the_same_from_memory_and_from_disk(rank, llama, tmp_path):
     assert f"offload: 4 of 5 layers come from a file in {tmp_path}" in " ".join(rank[1])
 
 
-@pytest.mark.parametrize("given", [{"dtype": "bfloat16"}, {"quantization": "int8"}, {"quantization": "int4"}])
+@pytest.mark.parametrize("given", [{"dtype": "bfloat16"}, PACKED | {"quantization": "int8"}, PACKED])
 def test_merged_and_packed_weights_stream_too(rank, llama, given):
     want = text(rank, llama, **given)
     assert text(rank, llama, offload="nvme", **given) == want
