@@ -206,7 +206,12 @@ def packed_bytes(tensor: Tensor, config: EngineConfig, itemsize: int) -> float:
     if tensor.form:
         return tensor.form.bytes(tensor.shape)
     rows, width = tensor.shape
-    groups = width / (config.group or width)
+    size = config.group or width
+    if not size or not width or width % size:
+        raise LoadError(
+            f"{tensor.name} takes {width} columns, which groups of {size} do not divide (quantization_group)"
+        )
+    groups = width // size
     scales = SCALE if config.symmetric else 2 * itemsize
     return prod(tensor.shape) * (0.5 if config.quantization == "int4" else 1) + rows * groups * scales
 

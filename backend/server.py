@@ -33,6 +33,8 @@ from backend.launcher.tritonserver import Options, Ports
 from client import local
 from client.errors import Error as ClientError
 
+_DEAF_SECONDS = 20.0
+"""From when the server says that it listens until it answers: usually far less than one."""
 _POLL_SECONDS = 0.2
 _SHARED_FRACTION = "0.6"
 """generate's share of a GPU's free memory where other models are served beside it; alone it takes 0.9."""
@@ -154,7 +156,7 @@ def serve(options: argparse.Namespace) -> int:
                 status = watch(child, output, ports, behaviour, models, last=starts == 2)
             if status is not None:
                 return status
-            _say("tritonserver aborted while it loaded models: starting it once more")
+            _say("tritonserver came to nothing while it started: starting it once more")
             child.kill()
             leftovers.remove(os.getpid())
     raise AssertionError("the last start has a status")
@@ -214,15 +216,16 @@ def watch(
     """Until the server ends, or a signal asks for its end.
 
     None where it is worth another start, unless this is the last: 2.51 may abort (lock_exception) when a model fails to
-    load on a busy machine.
+    load on a busy machine, and one start in some fifty loses a file descriptor that it waits at, and never answers.
     """
     begin = time.monotonic()
     while not ready(ports):
         if child.wait(_POLL_SECONDS):
             return _stop(child, output, behaviour)
+        if not last and (child.ended() == -signal.SIGABRT or output.deaf(_DEAF_SECONDS)):
+            return None
         if child.ended() is not None:
-            aborted = child.ended() == -signal.SIGABRT and not last
-            return None if aborted else _failed(child, output, "did not start")
+            return _failed(child, output, "did not start")
     local.announce(ports.grpc, ports.http, models, behaviour.explicit, ports.health, ports.local)
     try:
         _greet(ports, models, time.monotonic() - begin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -20,6 +21,8 @@ _HARMLESS = (
 )
 _REQUEST = re.compile(re.escape(OWN) + r'[^|]+ \| \{"event": "request"')
 """A journal's lines, which are for the log file alone."""
+_LISTENS = '"Started HTTPService at'
+_LOST = "encountered epoll_wait error"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -48,6 +51,7 @@ class Output:
         self.tail: deque[str] = deque(maxlen=20)
         self.failures: list[str] = []
         self.states = States()
+        self._listens: float | None = None
         self._verbose = verbose
         self._show = show or _print
 
@@ -58,11 +62,19 @@ class Output:
             self._line(_CONTROL.sub("?", line.rstrip("\n")))
         self.log.close()
 
+    def deaf(self, seconds: float) -> bool:
+        """Whether a server that is not ready will never be: it has listened for so long, or lost what it waits at."""
+        return self._listens is not None and time.monotonic() - self._listens > seconds
+
     def _line(self, line: str) -> None:
         if _REQUEST.match(line) and not self._verbose:
             return
         self.tail.append(line)
         self.states.tell(line)
+        if _LISTENS in line:
+            self._listens = time.monotonic()
+        elif _LOST in line:
+            self._listens = 0.0
         told = telling(line)
         if told and " | failed: " in told:
             self.failures.append(told.replace(" | failed: ", " failed to load: ", 1))

@@ -122,9 +122,12 @@ def test_a_smaller_cache_and_smaller_weights(model: Path, host: None) -> None:
     assert check(EngineConfig(model=str(model), kv_cache_dtype="fp8")).kv_token * 4 == plain.kv_token
     linear = sum(prod(shape) for name, shape in SHAPES.items() if "layers" in name)
     rows = sum(shape[0] for name, shape in SHAPES.items() if "layers" in name)
-    int8 = check(EngineConfig(model=str(model), quantization="int8"))
-    assert plain.weights - int8.weights == 4 * linear - (linear + 4 * rows)
-    assert "int8 weights" in int8.report()[0]
+    fp8 = check(EngineConfig(model=str(model), quantization="fp8"))
+    assert plain.weights - fp8.weights == 4 * linear - (linear + 4 * rows)
+    assert "fp8 weights" in fp8.report()[0]
+    assert "takes 72 columns, which groups of 64 do not divide" in refused(
+        EngineConfig(model=str(model), quantization="int8")
+    )
 
 
 def test_other_tasks_are_forecast_too(model: Path, host: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 
 ready: serves until SIGTERM.  deaf: also ignores SIGTERM.  broken: a model fails.  crash: serves, then dies at once.
 sick: serves, and its model says that it is down.  loud: prints 3 MiB before it serves.
-abort: aborts while it loads, each time; abort-once: the first time.
+abort: aborts while it loads, each time; abort-once: the first time.  lost-once: never answers, the first time.
 """
 
 import http.server
@@ -30,10 +30,16 @@ if mode == "loud":
     for number in range(3 << 10):
         print(f"{number:1023}", flush=number % 100 == 0)
 
-if mode.startswith("abort"):
+if mode.startswith(("abort", "lost")):
     before = Path(os.environ["FAKE_STARTS"])
     before.write_text(before.read_text() + "x" if before.exists() else "x")
     if mode == "abort" or before.read_text() == "x":
+        if mode == "lost-once":
+            print(
+                "E1123 19:14:28.7 1 ev_epoll1_linux.cc:373] encountered epoll_wait error: Bad file descriptor",
+                flush=True,
+            )
+            signal.pause()
         os.abort()
 
 if mode == "sick":

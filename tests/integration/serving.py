@@ -106,10 +106,10 @@ class Served:
 
     def family(self, model):
         """A model's stub and its ranks; None while there are several of it, as in a reload."""
-        stubs = [p for p in self.processes("triton_python_backend_stub") if f"/{model}/" in " ".join(p.cmdline())]
+        stubs = [p for p in self.processes("triton_python_backend_stub") if f"/{model}/" in _words(p)]
         if len(stubs) != 1:
             return None
-        return stubs[0], [p for p in stubs[0].children() if "backend.ranks.rank" in " ".join(p.cmdline())]
+        return stubs[0], [p for p in _children(stubs[0]) if "backend.ranks.rank" in _words(p)]
 
     # ---- asking
 
@@ -212,6 +212,21 @@ def events(text):
 def gone(processes, seconds=30):
     """Those that still live after so long."""
     return psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+def _words(process):
+    """Its command line; nothing of one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _children(process):
+    try:
+        return process.children()
+    except psutil.Error:
+        return []
 
 
 def _belongs(process, mark, word):

@@ -159,7 +159,7 @@ def test_a_killed_rank_fails_what_is_under_way_and_comes_back(server):
     _, (rank,) = server.family("embed")
     expected = ask(server, ["before the end"])
     with ThreadPoolExecutor(8) as pool:
-        texts = [[f"{i} {j} " + "long " * 200 for j in range(64)] for i in range(8)]
+        texts = [[f"{i} {j} " + "long " * 100 for j in range(48)] for i in range(8)]
         waiting = [pool.submit(tried, server, each) for each in texts]
         time.sleep(0.5)
         rank.kill()

@@ -120,8 +120,8 @@ class Offload:
             return f"offload: all {count} layers stay on the device, {held >> 20} MiB"
         slots = SLOTS * max(layout.nbytes for layout in self._layouts)
         return (
-            f"offload: {len(self._layouts)} of {count} layers come from {self._place()}, {self.moved >> 20} MiB a step; "
-            f"weights take {held + slots >> 20} MiB of the device"
+            f"offload: {len(self._layouts)} of {count} layers come from {self._place()}, {self.moved >> 20} MiB a step;"
+            f" weights take {held + slots >> 20} MiB of the device"
         )
 
     def _place(self) -> str:
