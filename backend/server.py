@@ -7,7 +7,6 @@ request looks.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import signal
@@ -24,6 +23,7 @@ from backend.devices import free_gpu_memory
 from backend.errors import LoadError, ServingError
 from backend.launcher import detach, leftovers, run_folder, tritonserver
 from backend.launcher.child import Child
+from backend.launcher.greeting import greeting
 from backend.launcher.health import Health, ready, served
 from backend.launcher.log import Log
 from backend.launcher.output import Output
@@ -228,7 +228,8 @@ def watch(
             return _failed(child, output, "did not start")
     local.announce(ports.grpc, ports.http, models, behaviour.explicit, ports.health, ports.local)
     try:
-        _greet(ports, models, time.monotonic() - begin)
+        for line in greeting(ports, models, time.monotonic() - begin):
+            _say(line)
         detach.tell_ready()
         with _repairs(output, ports, behaviour, models):
             while child.ended() is None:
@@ -261,59 +262,6 @@ def _failed(child: Child, output: Output, what: str) -> int:
     reason = "; ".join(output.failures) or f"tritonserver {what} ({how})"
     _say(f"error: {reason} (all it said: {output.log.path})")
     return 1
-
-
-def _greet(ports: Ports, models: Path, seconds: float) -> None:
-    names = sorted(path.name for path in models.iterdir() if (path / "config.pbtxt").is_file())
-    at = f"{ports.local}:{ports.grpc} (gRPC), {ports.http} (HTTP), {ports.metrics} (metrics), {ports.health} (health)"
-    _say(f"ready after {seconds:.0f} s: {', '.join(names) or 'no model yet'} on {at}")
-    for name in names:
-        made_from = repository.origin(models, name)
-        for line in local_commands(name, ports, made_from.task if made_from else "generate"):
-            _say(f"  {line}")
-    _say(f"Ctrl-C or `kill {os.getpid()}` stops it")
-
-
-_EXAMPLES: dict[str, tuple[str, dict[str, object]]] = {
-    "embed": ('"That is a happy person"', {"text": "That is a happy person"}),
-    "classify": ('"I love it"', {"text": "I love it"}),
-    "qa": (
-        '--question "Where does Anna live?" --context "Anna lives in Oslo."',
-        {"question": "Where does Anna live?", "context": "Anna lives in Oslo."},
-    ),
-    "text_to_image": ('"a handwritten three"', {"prompt": "a handwritten three", "seed": 1}),
-}
-"""By task: what follows the program's name, and the inputs of an HTTP request."""
-
-
-def local_commands(name: str, ports: Ports, task: str = "generate") -> list[str]:
-    """What to type to see a model at work."""
-    program = Path(sys.executable).parent / "tritonspeed"
-    flag = "" if ports.grpc == 8001 else f" --port {ports.grpc}"
-    if task != "generate":
-        command = f"{program} {task.replace('_', '-')} --name {name}{flag}"
-        return _task_commands(command, f"{ports.local}:{ports.http}", name, task)
-    other = "" if ports.grpc == 8001 else f", port={ports.grpc}"
-    return [
-        f'{program} generate --name {name}{flag} --temperature 0 --max-tokens 16 "The capital of France is"',
-        f"curl -s {ports.local}:{ports.http}/v2/models/{name}/generate "
-        """-d '{"text_input": "The capital of France is", "max_tokens": 16, "temperature": 0}'""",
-        f"{sys.executable} -c 'from client import pipeline; "
-        f'print(pipeline("generate", name="{name}"{other})("Hello", temperature=0).text)\'',
-    ]
-
-
-def _task_commands(program: str, http: str, name: str, task: str) -> list[str]:
-    if task not in _EXAMPLES:
-        return [f"{program} --help"]
-    words, inputs = _EXAMPLES[task]
-    tensors = [_tensor(key, value) for key, value in inputs.items()]
-    return [f"{program} {words}", f"curl -s {http}/v2/models/{name}/infer -d '{json.dumps({'inputs': tensors})}'"]
-
-
-def _tensor(name: str, value: object) -> dict[str, object]:
-    datatype = "UINT64" if isinstance(value, int) else "BYTES"
-    return {"name": name, "datatype": datatype, "shape": [1, 1], "data": [value]}
 
 
 def _say(text: str) -> None:
