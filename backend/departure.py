@@ -1,4 +1,4 @@
-"""Departure: ends a model that another process of it has replaced. It knows neither Triton nor ranks.
+"""Departure: ends a model out of service that its server cannot let go of. It knows neither Triton nor ranks.
 
 Triton unloads a model when nothing refers to it any more. 2.51 never lets go of a gRPC stream that its caller cancelled
 between the last response and the stream's end: the model then stays UNLOADING until the server ends, `finalize` is not
@@ -12,19 +12,24 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 LOOK = 2.0
 """Seconds between two looks."""
-PATIENCE = 20.0
+PATIENCE = 10.0
 """Seconds out of service and without a request, until it counts as forgotten."""
+
+
+NOBODY = "0"
+"""In the file of Latest: no process serves the model any more."""
 
 
 class Departure:
     """`look` is to be called now and then, by one thread."""
 
     def __init__(self, serving: Callable[[], bool], idle: Callable[[], bool], leave: Callable[[], None]) -> None:
-        """`serving` asks the server, `idle` says whether nothing is to be answered; `leave` is called once."""
+        """`serving` and `idle` say whether it is in service, and nothing is to be answered; `leave` is called once."""
         self._serving, self._idle, self._leave = serving, idle, leave
         self._served = self._left = False
         self._next = 0.0
@@ -55,7 +60,8 @@ class Departure:
 class Latest:
     """Which process serves a model: the one that said so last. After a reload the server speaks for the new one alone.
 
-    A file of this server's, in the folder of temporary files. Where it cannot be written or read, each is the latest.
+    A file of this server's, in the folder of temporary files, where the launcher may write that it is nobody (see
+    launcher/dismissal.py). Where it cannot be written or read, each is the latest.
     """
 
     def __init__(self, name: str) -> None:
@@ -71,12 +77,13 @@ class Latest:
     def __bool__(self) -> bool:
         """Whether it still is, or the later one has ended."""
         try:
-            process = int(self._file.read_text())
+            text = self._file.read_text()
+            return text != NOBODY and (int(text) == os.getpid() or not Path(f"/proc/{int(text)}").exists())
         except (OSError, ValueError):
             return True
-        return process == os.getpid() or not Path(f"/proc/{process}").exists()
 
     def close(self) -> None:
         """Leave nothing behind."""
-        if self:
-            self._file.unlink(missing_ok=True)
+        with suppress(OSError):
+            if self or self._file.read_text() == NOBODY:
+                self._file.unlink(missing_ok=True)

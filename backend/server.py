@@ -23,12 +23,13 @@ from backend.devices import free_gpu_memory
 from backend.errors import LoadError, ServingError
 from backend.launcher import detach, leftovers, run_folder, tritonserver
 from backend.launcher.child import Child
+from backend.launcher.dismissal import Dismissal
 from backend.launcher.greeting import greeting
 from backend.launcher.health import Health, ready, served
 from backend.launcher.log import Log
 from backend.launcher.output import Output
 from backend.launcher.ports import require_free
-from backend.launcher.repair import Repair, reach, repairing
+from backend.launcher.repair import Repair, looking, reach
 from backend.launcher.tritonserver import Options, Ports
 from client import local
 from client.errors import Error as ClientError
@@ -153,7 +154,7 @@ def serve(options: argparse.Namespace) -> int:
             child = Child(line, environment, folder / "cwd", output.read)
             stack.callback(child.kill)
             with served(Health(ports, models, output.states), ports.host, ports.health):
-                status = watch(child, output, ports, behaviour, models, last=starts == 2)
+                status = watch(child, output, ports, behaviour, models, folder / "tmp", last=starts == 2)
             if status is not None:
                 return status
             _say("tritonserver came to nothing while it started: starting it once more")
@@ -211,7 +212,7 @@ def _behaviour(options: argparse.Namespace, ports: Ports) -> Options:
 
 
 def watch(
-    child: Child, output: Output, ports: Ports, behaviour: Options, models: Path, last: bool = True
+    child: Child, output: Output, ports: Ports, behaviour: Options, models: Path, temporary: Path, last: bool
 ) -> int | None:
     """Until the server ends, or a signal asks for its end.
 
@@ -231,7 +232,7 @@ def watch(
         for line in greeting(ports, models, time.monotonic() - begin):
             _say(line)
         detach.tell_ready()
-        with _repairs(output, ports, behaviour, models):
+        with _care(output, ports, behaviour, models, temporary):
             while child.ended() is None:
                 if child.wait(3600):
                     return _stop(child, output, behaviour)
@@ -240,11 +241,17 @@ def watch(
         local.withdraw(ports.grpc)
 
 
-def _repairs(output: Output, ports: Ports, behaviour: Options, models: Path) -> AbstractContextManager[None]:
-    if not behaviour.repair_minutes:
+def _care(
+    output: Output, ports: Ports, behaviour: Options, models: Path, temporary: Path
+) -> AbstractContextManager[None]:
+    """For models that come and go by hand: what Triton itself does not see to."""
+    if not behaviour.explicit:
         return nullcontext()
     way, pause = reach(ports, behaviour.admin_key), 60 * behaviour.repair_minutes
-    return repairing(Repair(output.states, way, lambda name: (models / name).is_dir(), pause, _say))
+    looks = [Dismissal(way, temporary).look]
+    if behaviour.repair_minutes:
+        looks.append(Repair(output.states, way, lambda name: (models / name).is_dir(), pause, _say).look)
+    return looking(*looks)
 
 
 def _stop(child: Child, output: Output, behaviour: Options) -> int:

@@ -164,7 +164,7 @@ def departure(args: Mapping[str, str], latest: Latest, leave: Callable[[], None]
     """Of this stub's model. Triton is not asked: 2.51 aborted after is_model_ready had been asked at its start."""
 
     def forgotten() -> None:
-        reporter(args["model_name"])("replaced, and still held by the server: its ranks end")
+        reporter(args["model_name"])("out of service, and still held by the server: its ranks end")
         leave()
 
     return Departure(lambda: bool(latest), lambda: not OPEN, forgotten)

@@ -79,22 +79,23 @@ class Repair:
             self._say(f"{model} | {error}; next try in {self._pause / 60:g} min at the earliest")
 
 
-def reach(ports: Ports, admin_key: str) -> Reach:
+def reach(ports: Ports, admin_key: str) -> Callable[[], Control]:
     """A way to the server's control API, opened anew each time."""
     headers = {"admin-key": admin_key} if admin_key else None
     return lambda: Control(Endpoint.of(ports.local, ports.grpc, headers=headers))
 
 
 @contextmanager
-def repairing(repair: Repair) -> Iterator[None]:
-    """Looks every second meanwhile. A load under way is left to the server."""
+def looking(*looks: Callable[[], None]) -> Iterator[None]:
+    """Calls each every second meanwhile, in a thread of its own. A load under way is left to the server."""
     closing = threading.Event()
 
-    def run() -> None:
+    def run(look: Callable[[], None]) -> None:
         while not closing.wait(_LOOK_SECONDS):
-            repair.look()
+            look()
 
-    threading.Thread(target=run, daemon=True, name="repair").start()
+    for each in looks:
+        threading.Thread(target=run, args=(each,), daemon=True, name="looking").start()
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 
 from backend import departure
-from backend.departure import LOOK, PATIENCE, Departure, Latest
+from backend.departure import LOOK, NOBODY, PATIENCE, Departure, Latest
 
 
 class Model:
@@ -93,6 +93,17 @@ def test_who_said_so_last_is_the_latest(folder):
     new = Latest("m_0_0-1")
     assert new
     new.close()
+    assert not file.exists()
+
+
+def test_nobody_is_the_latest_where_the_launcher_says_so(folder):
+    latest = Latest("m_0_0-1")
+    (file,) = folder.iterdir()
+    file.write_text(NOBODY)
+    assert not latest
+    assert Latest("m_0_0-1")  # loaded again
+    file.write_text(NOBODY)
+    latest.close()
     assert not file.exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from backend.launcher import repair
 from backend.launcher.health import Health
-from backend.launcher.repair import Repair, repairing
+from backend.launcher.repair import Repair, looking
 from backend.launcher.states import States
 from backend.launcher.tritonserver import Ports
 from client.errors import InvalidInput, Unavailable
@@ -126,8 +126,8 @@ def test_it_looks_as_long_as_it_should(monkeypatch):
         def look(self):
             looked.set()
 
-    with repairing(Looking()):
+    with looking(Looking().look):
         assert looked.wait(10)
-        (thread,) = [each for each in threading.enumerate() if each.name == "repair"]
+        (thread,) = [each for each in threading.enumerate() if each.name == "looking"]
     thread.join(10)
     assert not thread.is_alive()
