@@ -22,7 +22,7 @@ from backend.checkpoint import Checkpoint
 from backend.compute.decoder import dtype_of
 from backend.compute.split_loaded import split, unsplittable
 from backend.compute.tensor_parallel import join
-from backend.errors import LoadError
+from backend.errors import LoadError, ServingError
 from backend.model_folder import resolve
 from backend.ranks.rank import Birth
 
@@ -40,6 +40,7 @@ class Clip:
             model, read = _load(folder, self._dtype)
         except (OSError, ValueError) as error:
             raise LoadError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:500]}") from None
+        self._split = False
         if birth.world > 1:
             self._share(model, birth, progress if birth.rank == 0 else lambda text: None)
         self._model, self._read = model.to(self._device).eval(), read
@@ -49,6 +50,7 @@ class Clip:
             say(f"the model is whole on every rank: {reason}")
         else:
             split(model, birth.rank, birth.world, self._device)
+            self._split = True
             say(f"the model is split among {birth.world} ranks")
 
     def warm_up(self) -> None:
@@ -56,9 +58,22 @@ class Clip:
         blank = np.zeros((64, 64, 3), np.uint8)
         self.forward({"images": [blank], "ids": np.array([[0, 1]]), "lengths": np.array([2]), "columns": [[0]]})
 
+    def forward(self, batch: dict[str, Any]) -> list[NDArray[np.float32] | ServingError]:
+        """The shares of each image's sentences, which add up to one.  # [sentences] an image
+
+        Where there is no device memory, the same error for each image; on several ranks they then begin anew, since
+        the others wait for this one's part.
+        """
+        try:
+            return self._shares(batch)
+        except torch.OutOfMemoryError:
+            if self._split:
+                raise
+            count, texts = len(batch["images"]), len(batch["ids"])
+            return [ServingError(f"no device memory for {count} images and {texts} labels; lower max_texts")] * count
+
     @torch.inference_mode()
-    def forward(self, batch: dict[str, Any]) -> list[NDArray[np.float32]]:
-        """The shares of each image's sentences, which add up to one.  # [sentences] an image"""
+    def _shares(self, batch: dict[str, Any]) -> list[NDArray[np.float32] | ServingError]:
         mask = np.arange(batch["ids"].shape[1]) < batch["lengths"][:, None]
         output = self._model(
             input_ids=torch.from_numpy(batch["ids"]).to(self._device),
