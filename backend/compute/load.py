@@ -76,7 +76,6 @@ def load(
             offload.allocate(model)
             progress = offload.watched(progress)
         fill(model, wanted, parts, reader, progress)
-    finish(model)
     if offload:
         offload.start()
     return model
@@ -235,10 +234,6 @@ def _copy(name: str, place: torch.Tensor | Packed, value: torch.Tensor | Packed)
         place.fill(value)
     else:
         place.copy_(value)
-
-
-def finish(model: nn.Module) -> None:
-    """What is done to packed weights once all are there."""
 
 
 def put(model: nn.Module, name: str, module: nn.Module | nn.Parameter | None) -> None:

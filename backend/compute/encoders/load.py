@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from backend.checkpoint import Checkpoint
 from backend.compute import fused
-from backend.compute.load import build, fill, finish, own_dtypes, put, restore, tie
+from backend.compute.load import build, fill, own_dtypes, put, restore, tie
 from backend.compute.offload.offload import Offload
 from backend.compute.quantized.checkpoints.schemes import schemes
 from backend.compute.quantized.packed import Scheme
@@ -69,7 +69,6 @@ def load_encoder(
         if offload:
             offload.allocate(model)
         fill(model, wanted, parts, reader, offload.watched(lambda share: None) if offload else lambda share: None)
-    finish(model)
     if offload:
         offload.start()
     return model
