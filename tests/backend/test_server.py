@@ -508,6 +508,25 @@ def test_sweep_leaves_what_a_process_has_mapped(tmp_path):
     assert leftovers.sweep(tmp_path) == [used.name]
 
 
+def test_sweep_in_a_user_namespace_takes_nothing_that_others_may_have_mapped(tmp_path):
+    """There /proc does not tell what processes outside it have mapped."""
+    used, dead = aged(tmp_path / "deepspeed_allreduce_buffer_0_used"), aged(tmp_path / f"tritonspeed_{dead_pid()}_x")
+    apart = ["unshare", "-r"]
+    if subprocess.run([*apart, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("namespaces are not permitted here")
+    holds = f"import numpy, time; kept = numpy.memmap({str(used)!r}, mode='r'); print(flush=True); time.sleep(60)"
+    sweeps = (
+        "import pathlib, sys; from backend.launcher.leftovers import sweep; print(sweep(pathlib.Path(sys.argv[1])))"
+    )
+    with subprocess.Popen([sys.executable, "-c", holds, "backend.ranks.rank"], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        said = subprocess.run(
+            [*apart, sys.executable, "-c", sweeps, str(tmp_path)], capture_output=True, text=True, check=True
+        ).stdout
+        holder.kill()
+    assert said == f"['{dead.name}']\n" and used.exists()
+
+
 # --- the real server
 
 
