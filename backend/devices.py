@@ -14,6 +14,8 @@ KV_CACHE_FRACTION = {"cuda": 0.9, "cpu": 0.1}
 
 STEP_TOKENS = {"cuda": (2048, 8192), "cpu": (512, 1024)}
 """Budget of a step unless the configuration says otherwise; and with offload, where more cost hardly more."""
+MICRO_BATCH_TOKENS = {"cuda": 16384, "cpu": 512}
+"""Token budget of a task's micro-batch. On a CPU what the layers make of it should stay in its caches."""
 
 
 def free_gpu_memory() -> list[int]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from backend import held
 from backend.checkpoint import Checkpoint, Geometry, check_family, dtype_name, share_heads
 from backend.config import EngineConfig
-from backend.devices import KV_CACHE_FRACTION, gib, resolved
+from backend.devices import KV_CACHE_FRACTION, MICRO_BATCH_TOKENS, gib, resolved
 from backend.devices import free_gpu_memory as _gpu_memory
 from backend.devices import free_host_memory as _host_memory
 from backend.errors import LoadError
@@ -151,7 +151,7 @@ def _of_encoder(config: EngineConfig, checkpoint: Checkpoint) -> Fit:
     dtype = dtype_name(config, checkpoint, device)
     item, ranks = ITEMSIZE[dtype], config.tensor_parallel
     weights, moved = _weights(checkpoint, config, device, item, 1 / ranks)
-    tokens = config.step_tokens or (16384 if device == "cuda" else 512)
+    tokens = config.step_tokens or MICRO_BATCH_TOKENS[device]
     step = tokens * _activations(checkpoint, item, ranks)
     kind = config.quantization or kind_of(checkpoint)
     return Fit(checkpoint.model_type, device, dtype, ranks, free, weights, step, 0, kind, moved=moved)
@@ -184,11 +184,6 @@ def _weights(
     free = _host_memory() // config.tensor_parallel
     _check(moved <= free, f"offload cpu needs {gib(moved)} of host memory a rank and {gib(free)} is free")
     return weights, moved
-
-
-def weight_bytes(tensors: Any, config: EngineConfig, itemsize: int, attention: float) -> int:
-    """All that the first rank has of the weights."""
-    return ceil(sum(size for _, size in _sizes(tensors, config, itemsize, attention)))
 
 
 def _sizes(tensors: Any, config: EngineConfig, itemsize: int, attention: float) -> Iterator[tuple[str, float]]:

@@ -11,6 +11,6 @@ def footprint(model: nn.Module) -> int:
     """Bytes of parameters, buffers and packed weights, each storage once: merged siblings are views of one."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     for packed in packed_weights(model).values():
-        tensors += [part for part in (packed.codes, packed.scale, packed.offset, packed.order) if part is not None]
+        tensors += packed.tensors
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return sum(storages.values())

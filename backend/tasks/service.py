@@ -18,7 +18,7 @@ from typing import Any
 
 from backend.checkpoint import resolve, root
 from backend.config import EngineConfig
-from backend.devices import resolved
+from backend.devices import MICRO_BATCH_TOKENS, resolved
 from backend.errors import EngineDown, ServingError, serving
 from backend.journal import Journal
 from backend.metrics import TASK
@@ -36,8 +36,6 @@ IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health while there is nothing to do."""
 DEPTH = 2
 """Micro-batches that the ranks have at once: one that is computed, one that waits for it."""
-STEP_TOKENS = {"cuda": 16384, "cpu": 512}
-"""Token budget of a micro-batch, unless configured. On a CPU what the layers make of it should stay in its caches."""
 TOKENISING = 8
 """Cores that one model's tokeniser uses at most."""
 CLOSING = 5.0
@@ -52,7 +50,7 @@ class Service:
         _tokenise_in_parallel()
         folder = resolve(config.model, root())
         machine = resolved(config)
-        tokens = config.step_tokens or STEP_TOKENS[machine.device]
+        tokens = config.step_tokens or MICRO_BATCH_TOKENS[machine.device]
         self.config = replace(machine, model=str(folder), step_tokens=tokens)
         self.task: Task = find(name)(folder, self.config)
         self.tally = Tally(TASK)

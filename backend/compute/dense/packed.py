@@ -115,8 +115,7 @@ def by_matrix(
 
 def _check(x: Tensor, weight: Packed) -> None:
     """Kernels read memory as it lies."""
-    tensors = (x, weight.codes, weight.scale, *(() if weight.offset is None else (weight.offset,)))
-    assert all(each.is_contiguous() for each in tensors) and x.shape[1] == weight.shape[1]
+    assert all(each.is_contiguous() for each in (x, *weight.tensors)) and x.shape[1] == weight.shape[1]
 
 
 def _place(x: Tensor, outputs: int, residual: Tensor | None) -> Tensor:

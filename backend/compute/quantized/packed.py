@@ -105,8 +105,13 @@ class Packed:
         return self.codes.device
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that it has of them."""
+        return [each for each in (self.codes, self.scale, self.offset, self.order) if each is not None]
+
+    @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (self.codes, self.scale, self.offset, self.order) if each is not None)
+        return sum(each.nbytes for each in self.tensors)
 
     def rows(self, start: int, stop: int) -> Packed:
         """A view of some rows."""
