@@ -10,9 +10,14 @@ import psutil
 from backend import repository
 
 
+def unloaded(control, name):
+    """To its last process."""
+    control.wait_gone(name, 60)
+
+
 @contextmanager
-def guest(served, task, name, folder, **parameters):
-    """A model that is loaded, and afterwards unloaded to its last process."""
+def guest(served, task, name, folder, leave=unloaded, **parameters):
+    """A model that is loaded, and afterwards unloaded, which `leave` waits for."""
     given = {"model": str(folder), **{key: str(value) for key, value in parameters.items()}}
     repository.write(served.repository, task, name, given)
     try:
@@ -22,7 +27,7 @@ def guest(served, task, name, folder, **parameters):
                 yield name
             finally:
                 control.unload(name, 60)
-                control.wait_gone(name, 60)
+                leave(control, name)
     finally:
         shutil.rmtree(served.repository / name)
 

@@ -4,20 +4,19 @@ import json
 import os
 import random
 import re
-import shutil
 import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from guests import metrics, tritonserver
+from guests import guest, metrics, tritonserver
 from serving import eventually, gone
 
-from backend import repository, samples
+from backend import samples
 from client import DeadlineExceeded, InvalidInput, Unavailable
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "30"))
@@ -80,25 +79,18 @@ class Client:
             self.pipe("the", max_tokens=self.rng.choice([0, -5]))
 
 
-@contextmanager
 def soaked(served, task, name, folder, **parameters):
     """A model of the soak alone. 2.51 may never let go of it (docs/faults.md, 17), but no request is open then."""
-    repository.write(served.repository, task, name, {"model": str(folder), **parameters})
-    try:
-        with served.control() as control:
-            control.load(name, 180)
-            try:
-                yield name
-            finally:
-                control.unload(name, 60)
-                try:
-                    control.wait_gone(name, 30)
-                except DeadlineExceeded:
-                    shown = {key: value for key, value in metrics(served).items() if f'"{name}"' in key}
-                    opened = {key: value for key, value in shown.items() if re.search("pending|running|waiting", key)}
-                    assert not any(opened.values()), shown
-    finally:
-        shutil.rmtree(served.repository / name)
+
+    def leave(control, name):
+        try:
+            control.wait_gone(name, 30)
+        except DeadlineExceeded:
+            shown = {key: value for key, value in metrics(served).items() if f'"{name}"' in key}
+            opened = {key: value for key, value in shown.items() if re.search("pending|running|waiting", key)}
+            assert not any(opened.values()), shown
+
+    return guest(served, task, name, folder, leave, **parameters)
 
 
 def held(served, name):
