@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -93,13 +94,15 @@ def _build_all_reduce() -> None:
     """Compile DeepSpeed's operator, or find it compiled, one process at a time.
 
     torch's own lock around that is a file, which a killed process leaves behind: every later start would wait for ever.
-    Ours ends with the process that holds it, and whoever has it may take torch's away.
+    Ours ends with the process that holds it, and whoever has it may take torch's away. The ninja is the interpreter's
+    own, not the first on PATH: each version of ninja builds anew what another has built.
     """
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     folder = Path(_get_build_directory(builder.name, False))
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock, _environment(PATH=path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)

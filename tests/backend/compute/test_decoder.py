@@ -133,11 +133,18 @@ def test_any_schedule_gives_the_tokens_of_generate(name: str, folders: Any) -> N
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroup]:
-    """Two ranks that load one family after the other, where one killed at its start has left torch's lock behind."""
+    """Two ranks that load one family after the other.
+
+    One killed at its start has left torch's lock behind, and the first ninja on PATH is not the one to build with.
+    """
     operator = Path(os.environ["TORCH_EXTENSIONS_DIR"], "deepspeed_shm_comm")
     operator.mkdir(parents=True, exist_ok=True)
     (operator / "lock").touch()
+    other = tmp_path_factory.mktemp("other") / "ninja"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
     with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PATH", str(other.parent), prepend=os.pathsep)
         environment.setenv("TRITONSPEED_PYTHON", sys.executable)
         environment.setenv("PYTHONPATH", str(FAKES))
         group = RankGroup(
