@@ -84,13 +84,13 @@ def _adopt(rank: int, world: int, device: torch.device, folder: Path) -> None:
         import deepspeed
 
         if device.type == "cpu":
-            _build_all_reduce()
+            build_all_reduce()
         deepspeed.init_distributed(verbose=False)
     dist.barrier()  # from here on every rank has mapped every buffer, so the names can go
     (_SHARED_MEMORY / f"deepspeed_allreduce_buffer_{os.getuid()}_{name}_0_{rank}").unlink(missing_ok=True)
 
 
-def _build_all_reduce() -> None:
+def build_all_reduce() -> None:
     """Compile DeepSpeed's operator, or find it compiled, one process at a time.
 
     torch's own lock around that is a file, which a killed process leaves behind: every later start would wait for ever.
@@ -150,6 +150,8 @@ class VocabParallelHead(nn.Module):
     overlap their neighbours instead of being padded, which lets a tied head be a view of the embedding.
     """
 
+    project: Project = staticmethod(nn.functional.linear)
+
     def __init__(self, vocab: int, hidden: int, bias: bool, rank: int, world: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.vocab, self.world = vocab, world
@@ -158,7 +160,6 @@ class VocabParallelHead(nn.Module):
         self.rows = slice(self.starts[rank], self.starts[rank] + self.size)
         self.weight = _parameter(self.size, hidden, dtype=dtype)  # [rows, hidden]
         self.bias = _parameter(self.size, dtype=dtype) if bias else None  # [rows]
-        self.project: Project = nn.functional.linear
 
     def tie(self, embedding: nn.Parameter) -> None:
         """Share the rows of the (whole) embedding. # [vocab, hidden]"""

@@ -21,8 +21,11 @@ def main(checkpoint: str, tokens: int, output: str) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from backend.compute.tensor_parallel import build_all_reduce
+
     store = torch.distributed.FileStore(os.path.join(tempfile.mkdtemp(), "ranks"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    build_all_reduce()  # under the lock that all who build it take
     deepspeed.init_distributed("gloo")
     stage3 = {"stage": 3, "offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}
     given = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage3}
