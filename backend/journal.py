@@ -12,23 +12,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from backend import spans
+from backend.asked import Asked
 
 LONGEST = 80
 """Characters of a request's id."""
-
-
-class Named(Protocol):
-    """One request, as far as the journal is concerned."""
-
-    @property
-    def request_id(self) -> str: ...
-
-    @property
-    def trace(self) -> str:
-        """The server's traceparent, empty where it is not traced; asked for only where there is a collector."""
 
 
 @dataclass(slots=True)
@@ -36,7 +25,7 @@ class Entry:
     """What one request's line will say; of no journal, nothing is written. Times are time.monotonic()."""
 
     journal: Journal | None = None
-    asked: Named | None = None
+    asked: Asked | None = None
     arrived: float = field(default_factory=time.monotonic)
     begun: float = 0.0
     """When its first step was sent; 0 as for `first`."""
@@ -64,7 +53,7 @@ class Journal:
         self._report, self._on = report, on
         self._spans = spans.from_environment(os.environ)
 
-    def entry(self, asked: Named) -> Entry:
+    def entry(self, asked: Asked) -> Entry:
         """For a request that arrives now."""
         return Entry(self, asked)
 

@@ -11,10 +11,14 @@ from typing import NamedTuple
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 REASONS = ("stop", "length", "cancelled", "deadline", "error")
 """How a sequence, or a request of one answer, may end."""
-_BOUNDS = "0.001 0.0025 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640"
-SECONDS = tuple(map(float, _BOUNDS.split()))
-_BOUNDS = "0.001 0.0025 0.005 0.0075 0.01 0.015 0.02 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.5 1 2.5"
-TOKEN_SECONDS = tuple(map(float, _BOUNDS.split()))
+
+
+def _bounds(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split()))
+
+
+SECONDS = _bounds("0.001 0.0025 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640")
+TOKEN_SECONDS = _bounds("0.001 0.0025 0.005 0.0075 0.01 0.015 0.02 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.5 1 2.5")
 
 
 class Metric(NamedTuple):

@@ -1,11 +1,12 @@
 """Tally: one model's numbers, as its engine or service counts them, and what has changed since somebody looked.
 
-Whoever serves adds to plain numbers; one other thread reads them now and then, and may see a step half counted. So
-there are no locks, and a token costs an addition. It knows no Triton, nor who reads.
+Each plain number has one writer, and a token costs an addition; one other thread reads now and then, and may see a step
+half counted. Only `ended` is for any thread. It knows no Triton, nor who reads.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def _values() -> Values:
 
 @dataclass
 class Tally:
-    """Fields are written by the thread that serves, `changes` is called by one other."""
+    """Written by the thread that serves (`refused` by Admission, under its lock), `changes` is called by one other."""
 
     metrics: tuple[Metric, ...]
     ranks_up: int = 0
@@ -66,6 +67,8 @@ class Tally:
     latency: Values = field(default_factory=_values)
     _seen: dict[tuple[str, str], int] = field(default_factory=dict)
     _looked: tuple[int, int, int] = (0, 0, 0)
+    _ending: threading.Lock = field(default_factory=threading.Lock)
+    """A task's requests are ended by its thread, its watch and its callers."""
 
     def up(self, ranks: int, seconds: float) -> None:
         """So many ranks serve from now on; loading them took `seconds`."""
@@ -83,8 +86,9 @@ class Tally:
         self.computed += computed
 
     def ended(self, reason: str, seconds: float = 0.0) -> None:
-        """One sequence or request is over; its time counts where it was answered."""
-        self.finished[reason] += 1
+        """Any thread: one sequence or request is over; its time counts where it was answered."""
+        with self._ending:
+            self.finished[reason] += 1
         if reason in ANSWERED:
             self.latency.append(seconds)
 

@@ -1,4 +1,7 @@
-"""Admission: what the sequences at work may still need, and how long the queue is. It knows no engine and no ranks."""
+"""Admission: who may come, how long the queue is, and what the sequences at work may still need.
+
+It knows no engine and no ranks.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
 
+from backend.config import EngineConfig
+from backend.errors import Overloaded
 from backend.generation.blocks import BlockPool
 from backend.generation.sequence import Sequence
+from backend.tally import Tally
 
 REMEMBERED = 64
 """Sequences that ended last, about, of which the mean length is taken."""
@@ -44,18 +50,17 @@ class Headroom:
         left = seq.params.max_tokens - done
         if self._ended:  # who is past the mean goes on for a while
             left = min(left, max(size, round(self._mean) - done))
-        return -(-(length + left) // size) - -(-length // size)
+        return self._pool.blocks_for(length + left) - self._pool.blocks_for(length)
 
 
 class Forecast:
     """How long the queue is: prompt tokens of requests that have no token yet, by the rate at which they begin.
 
-    Any thread adds and drops requests; `began` and `turn` are the engine's thread's.
+    Any thread may ask. Admission calls `add`, `drop` and `began` under its lock, the engine's thread the others.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._lock = threading.Lock()
         self._queued: dict[Hashable, int] = {}
         self._tokens = 0
         self._began, self._busy = 0.0, 0.0
@@ -83,26 +88,23 @@ class Forecast:
         return 0 < limit < self.seconds
 
     def add(self, request: Hashable, tokens: int) -> None:
-        with self._lock:
-            self._queued[request] = tokens
-            self._tokens += tokens
+        self._queued[request] = tokens
+        self._tokens += tokens
 
     def drop(self, request: Hashable) -> None:
         """It is over, whether it began or not."""
-        with self._lock:
-            self._tokens -= self._queued.pop(request, 0)
+        self._tokens -= self._queued.pop(request, 0)
 
     def began(self, request: Hashable, tokens: int) -> None:
         """A sequence of the request, with a prompt of so many tokens, has its first."""
         if self._standing:
             self._began += tokens
-        with self._lock:
-            if left := self._queued.get(request, 0):
-                self._tokens -= min(tokens, left)
-                if left > tokens:
-                    self._queued[request] = left - tokens
-                else:
-                    del self._queued[request]
+        if left := self._queued.get(request, 0):
+            self._tokens -= min(tokens, left)
+            if left > tokens:
+                self._queued[request] = left - tokens
+            else:
+                del self._queued[request]
 
     def restart(self) -> None:
         """What was measured holds no more; the queue stays."""
@@ -116,3 +118,42 @@ class Forecast:
             self._busy = self._busy * fade + MEMORY * (1 - fade)
             self._began *= fade
         self._looked, self._standing = now, waiting > 0
+
+
+class Admission:
+    """Requests let in and not yet out, within the configuration's limits. Any thread may use it."""
+
+    def __init__(self, config: EngineConfig, tally: Tally) -> None:
+        self.forecast = Forecast()
+        self.sequences = 0
+        """That are here, running or waiting."""
+        self._most, self._longest = config.max_sequences + config.max_waiting, config.max_queue_seconds
+        self._tally = tally
+        self._lock = threading.Lock()
+
+    def enter(self, request: Hashable, sequences: int, tokens: int) -> None:
+        """Let in so many sequences, whose prompts have so many tokens together; Overloaded where they are too many."""
+        with self._lock:
+            if reason := self._refusal(sequences):
+                self._tally.refused += 1
+                raise Overloaded(f"{reason}; {self.forecast}; try again later")
+            self.sequences += sequences
+            self.forecast.add(request, tokens)
+
+    def leave(self, request: Hashable, sequences: int) -> None:
+        """The request is over, or its caller has gone."""
+        with self._lock:
+            self.sequences -= sequences
+            self.forecast.drop(request)
+
+    def began(self, request: Hashable, tokens: int) -> None:
+        """A sequence of the request, with a prompt of so many tokens, has its first."""
+        with self._lock:
+            self.forecast.began(request, tokens)
+
+    def _refusal(self, sequences: int) -> str:
+        """Why so many more may not come; empty: they may."""
+        here, most, longest = self.sequences, self._most, self._longest
+        if here + sequences > most:
+            return f"{here} sequences are running or waiting, the limit is {most} (max_sequences + max_waiting)"
+        return f"the queue is longer than {longest:g} s (max_queue_seconds)" if self.forecast.passes(longest) else ""

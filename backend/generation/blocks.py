@@ -24,10 +24,9 @@ class BlockPool:
     it is reused; the least recently released one is reused first, but after those without a key.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.prefix_cache = prefix_cache
         self.prefix_queries = 0
         """Tokens of the sequences admitted so far, readmissions counted again."""
         self.prefix_hits = 0
@@ -79,7 +78,7 @@ class BlockPool:
 
     def grow(self, seq: Sequence, length: int) -> bool:
         """Give `seq` blocks for its first `length` tokens; False, and no change, if too few are free."""
-        missing = -(-length // self.block_size) - len(seq.blocks)
+        missing = self.blocks_for(length) - len(seq.blocks)
         if missing <= 0:
             return True
         if missing > len(self._free):
@@ -93,7 +92,7 @@ class BlockPool:
         `seq` must hold them, and a finished step must have computed all its tokens up to `end`.
         """
         first, last = start // self.block_size, end // self.block_size
-        if first == last or not self.prefix_cache:
+        if first == last:
             return
         self._extend_keys(seq, last)
         for index in range(first, last):
@@ -126,8 +125,6 @@ class BlockPool:
 
     def _shareable(self, seq: Sequence) -> int:
         """Make the keys of the leading blocks that `seq` may take from others; return how many."""
-        if not self.prefix_cache:
-            return 0
         count = (len(seq.tokens) - 1) // self.block_size
         self._extend_keys(seq, count)
         return count

@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import inf
-from typing import Any, Protocol
 
-from numpy.typing import NDArray
-
+from backend.asked import Asked, Streaming
 from backend.blame import tell
 from backend.errors import Cancelled
 from backend.generation.request import Request
@@ -23,23 +21,6 @@ from backend.generation.stream import Delta, Stream
 from backend.journal import Entry
 
 log = logging.getLogger("tritonspeed")
-
-
-class Asked(Protocol):
-    """A caller: what was asked, and the way back."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def trace(self) -> str: ...
-
-    def rows(self) -> list[dict[str, Any]]: ...
-    def parameters(self) -> dict[str, Any]: ...
-    def cancelled(self) -> bool: ...
-    def send(self, outputs: Mapping[str, NDArray[Any]]) -> None: ...
-    def answer(self, outputs: Mapping[str, NDArray[Any]]) -> None: ...
-    def end(self) -> None: ...
-    def fail(self, error: Exception) -> None: ...
 
 
 def refuse(asked: Asked, error: Exception) -> None:
@@ -57,7 +38,7 @@ class Delivery:
     """Set before the first turn."""
 
     def __init__(
-        self, request: Request, asked: Asked, outbox: Callable[[Delivery], None], entry: Entry | None = None
+        self, request: Request, asked: Streaming, outbox: Callable[[Delivery], None], entry: Entry | None = None
     ) -> None:
         self._request, self._asked, self._outbox = request, asked, outbox
         self._entry = entry

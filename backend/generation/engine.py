@@ -17,12 +17,12 @@ from functools import partial
 from itertools import chain
 from queue import Empty, SimpleQueue
 
-from backend import checkpoint, fit
+from backend import fit, model_folder
 from backend.config import EngineConfig
 from backend.devices import resolved
-from backend.errors import DeadlineExceeded, EngineDown, Overloaded, ServingError, serving
+from backend.errors import DeadlineExceeded, EngineDown, ServingError, serving
 from backend.generation.account import Account
-from backend.generation.admission import Forecast
+from backend.generation.admission import Admission
 from backend.generation.blocks import BlockPool
 from backend.generation.budget import Budget
 from backend.generation.capacity import share
@@ -35,7 +35,7 @@ from backend.generation.stream import Delta, News, Stream
 from backend.generation.text import Text
 from backend.generation.tokenizer import Tokenizer
 from backend.ranks.group import RankGroup, Report
-from backend.ranks.restarts import Restarts
+from backend.ranks.lifecycle import IDLE_CHECK, Hooks, Lifecycle, unloaded
 from backend.tally import reason_of
 
 DECODER = "backend.compute.decoder:Decoder"
@@ -43,8 +43,6 @@ NO_ROOM = (
     "the device has no memory left for this step of the request; ask for fewer samples (n) or less text (max_tokens), "
     "or load the model with a smaller step_tokens or kv_cache_fraction"
 )
-IDLE_CHECK = 0.5
-"""Seconds between looks at the ranks' health while there is nothing to do."""
 TURN = 0.0005
 """Seconds that another thread keeps the interpreter while the engine's wants it; Python's 5 ms are several steps."""
 
@@ -54,7 +52,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, report: Report = print, worker: str = DECODER) -> None:
         self.config = resolved(config)
-        self.folder = checkpoint.resolve(config.model, checkpoint.root())
+        self.folder = model_folder.resolve(config.model, model_folder.root())
         self.config = replace(self.config, model=str(self.folder))
         self._account = Account()
         self.tally = self._account.tally
@@ -62,15 +60,17 @@ class Engine:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._open: dict[int, Completion] = {}
         self._sent: deque[list[Chunk]] = deque()
-        self._closing = threading.Event()
-        self._down = "is loading"
-        self._admission = threading.Lock()
-        self._admitted = 0
-        self._forecast = Forecast()
+        self._admission = Admission(self.config, self.tally)
+        self._forecast = self._admission.forecast
         self._group = RankGroup(self.config, worker, report, meanwhile=self._meanwhile)
-        self._restarts = Restarts(self.config, self._closing, report)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._started: Future[None] = Future()
+        hooks = Hooks(
+            load=self._load,
+            serve=self._serve,
+            fail_begun=partial(self._fail_all, but=self._untouched),
+            fail_all=self._fail_all,
+            meanwhile=self._meanwhile,
+        )
+        self._life = Lifecycle(self.config, self._group, self.tally, report, hooks)
 
     # ---- any thread
 
@@ -81,27 +81,11 @@ class Engine:
         self.tokenizer = Tokenizer.from_folder(self.folder)
         self.defaults = Defaults.from_folder(self.folder)
         sys.setswitchinterval(TURN)
-        self._thread.start()
-        self._started.result()
+        self._life.start()
 
     @property
     def healthy(self) -> bool:
-        return not self._down
-
-    @property
-    def pids(self) -> list[int]:
-        """The ranks' processes."""
-        return self._group.pids
-
-    @property
-    def preemptions(self) -> int:
-        """Sequences put back since the ranks were last started."""
-        return self._scheduler.preemptions
-
-    @property
-    def prefix_hits(self) -> int:
-        """Prompt tokens found in the cache since the ranks were last started."""
-        return self._scheduler.pool.prefix_hits
+        return not self._life.down
 
     def check(self) -> int:
         """Raise RuntimeError unless the books of blocks and slots balance; how many sequences are open."""
@@ -122,37 +106,18 @@ class Engine:
 
         `notify` is called on the engine's thread when there is news, with whether a sequence ended.
         """
-        if self._down:
-            raise EngineDown(f"the model {self._down}; try again later")
+        self._life.check()
         for prompt in prompts:
             prompt.check(self.max_model_len, self.vocab)
         stream = Stream(sum(prompt.n for prompt in prompts), notify)
-        self._admit(stream.sequences)
-        self._forecast.add(stream, sum(len(prompt.token_ids) * prompt.n for prompt in prompts))
+        tokens = sum(len(prompt.token_ids) * prompt.n for prompt in prompts)
+        self._admission.enter(stream, stream.sequences, tokens)
         self._inbox.put(partial(self._add, prompts, stream))
         return stream
 
-    def _admit(self, sequences: int) -> None:
-        """Count sequences in (or, if negative, out); Overloaded if there would be too many."""
-        with self._admission:
-            if sequences > 0 and (reason := self._refusal(sequences)):
-                self.tally.refused += 1
-                raise Overloaded(f"{reason}; {self._forecast}; try again later")
-            self._admitted += sequences
-
-    def _refusal(self, sequences: int) -> str:
-        """Why so many more may not come; empty: they may."""
-        limit, longest = self.config.max_sequences + self.config.max_waiting, self.config.max_queue_seconds
-        if self._admitted + sequences > limit:
-            return (
-                f"{self._admitted} sequences are running or waiting, the limit is {limit} (max_sequences + max_waiting)"
-            )
-        return f"the queue is longer than {longest:g} s (max_queue_seconds)" if self._forecast.passes(longest) else ""
-
     def leave(self, stream: Stream) -> None:
         """The caller has all, or has gone: what is left of its request ends before the next step."""
-        self._admit(-stream.sequences)
-        self._forecast.drop(stream)
+        self._admission.leave(stream, stream.sequences)
         if not stream.done:
             self._inbox.put(partial(self._abort, stream))
 
@@ -172,43 +137,22 @@ class Engine:
 
     def close(self) -> None:
         """End the ranks and every request still open."""
-        starting, self._down = bool(self._down), "is being unloaded"
-        self._closing.set()
+        self._life.closing.set()
         self._inbox.put(lambda: None)  # wakes an idle thread
-        if starting:
-            self._group.kill()  # a start may take minutes
-        if self._thread.ident:
-            self._thread.join()
+        self._life.close()
 
     # ---- the engine's thread
 
-    def _run(self) -> None:
-        try:
-            self._load()
-            self._started.set_result(None)
-        except BaseException as error:
-            self._started.set_exception(error)
-            return
-        while not self._closing.is_set():
-            try:
-                self._serve()
-            except Exception as error:
-                self._recover(error)
-        self.tally.down()
-        self._fail_all(EngineDown("the model is being unloaded"))
-        self._group.close()
-
     def _serve(self) -> None:
         depth = self.config.run_ahead
-        while not self._closing.is_set():
+        while not self._life.closing.is_set():
             self._drain(wait=not self._sent and self._scheduler.idle)
             self._expire()
             self._pace()
             if chunks := self._scheduler.schedule():
                 self._group.send("step", plan := pack(chunks, self.config.block_size))
                 self._sent.append(chunks)
-                if self.config.target_itl_ms:
-                    self._budget.sent(prompt_tokens(chunks))
+                self._budget.sent(prompt_tokens(chunks))
                 self._account.sent(chunks, len(plan.input_ids), self._open)
             if len(self._sent) > (depth if chunks else 0):
                 sampled = self._receive()
@@ -219,17 +163,16 @@ class Engine:
 
     def _pace(self) -> None:
         """How much of the next step prompts may take."""
-        if self.config.target_itl_ms:
-            late = 0 < self.config.target_ttft_ms < 1e3 * self._forecast.seconds
-            self._scheduler.prefill_budget = self._budget.tokens(late)
+        late = 0 < self.config.target_ttft_ms < 1e3 * self._forecast.seconds
+        self._scheduler.prefill_budget = self._budget.tokens(late)
 
     def _receive(self) -> Sampled:
         """The oldest step's tokens; deadlines hold meanwhile, and `close` need not wait for a rank that hangs."""
         limit, begun = self.config.step_timeout, time.monotonic()
         while not self._group.answering(min(IDLE_CHECK, limit)) and time.monotonic() - begun < limit:
             self._expire()
-            if self._closing.is_set():
-                raise EngineDown("the model is being unloaded")
+            if self._life.closing.is_set():
+                raise unloaded()
         sampled: Sampled = self._group.receive(limit, since=begun)[0]
         return sampled
 
@@ -244,7 +187,7 @@ class Engine:
             self._group.check()
 
     def _add(self, prompts: list[Prompt], stream: Stream) -> None:
-        """Without the prefix cache, only the samples of one prompt share blocks."""
+        """Without the prefix cache each prompt gets a salt of its own: its samples share blocks, others find none."""
         try:
             sequences = (
                 prompt.sequences(self.max_model_len, prompt.salt if self.config.prefix_cache else os.urandom(16))
@@ -285,7 +228,7 @@ class Engine:
             seq.finish_reason = "stop"  # also where this was the last token allowed
         if not completion.first:
             self._account.first(completion)
-            self._forecast.began(completion.stream, seq.prompt_length)
+            self._admission.began(completion.stream, seq.prompt_length)
         if seq.finish_reason:
             self._account.last(completion)
             del self._open[seq.arrival]
@@ -308,30 +251,18 @@ class Engine:
 
     # ---- start and restart
 
-    def _load(self) -> None:
-        """Start the ranks, share out the memory, warm up."""
-        start = time.monotonic()
-        self.tally.restarts += self._started.done()
+    def _load(self) -> str:
+        """Share out the memory of ranks that have just started, and warm them up."""
         limit = self.config.load_timeout
-        self._group.start()
-        try:
-            capacities = self._group.call("capacity", timeout=limit)
-            self.vocab = capacities[0].vocab_size
-            blocks, self.max_model_len = share(self.config, capacities)
-            self._group.call("allocate", blocks, self.max_model_len, timeout=limit)
-            proofs = self._group.call("warm_up", timeout=limit)
-        except BaseException:
-            self._group.close()
-            raise
-        self._renew(blocks)
+        capacities = self._group.call("capacity", timeout=limit)
+        self.vocab = capacities[0].vocab_size
+        blocks, self.max_model_len = share(self.config, capacities)
+        self._group.call("allocate", blocks, self.max_model_len, timeout=limit)
+        proofs = self._group.call("warm_up", timeout=limit)
         self.tally.proof_difference = max((proof for proof in proofs if proof), default=0.0)
-        self.tally.up(len(capacities), time.monotonic() - start)
-        self._down = ""
-        self._restarts.served()
-        self._report(
-            f"ready in {time.monotonic() - start:.1f} s: {blocks} KV blocks of {self.config.block_size} tokens, "
-            f"sequences up to {self.max_model_len} tokens"
-        )
+        self._renew(blocks)
+        size, longest = self.config.block_size, self.max_model_len
+        return f": {blocks} KV blocks of {size} tokens, sequences up to {longest} tokens"
 
     def _renew(self, blocks: int) -> None:
         """An empty cache and nothing under way; whatever is open waits, in its order."""
@@ -359,25 +290,9 @@ class Engine:
         except ServingError as error:
             self._end(completion.stream, error)
 
-    def _recover(self, error: Exception) -> None:
-        """After the ranks failed: end what had begun, start them again, slower each time; or give up at last."""
-        reason = str(serving(error))
-        self._report(f"down: {reason}")
-        self._down = f"is restarting ({reason})"
-        self.tally.down()
-        self._group.close()
-        self._fail_all(EngineDown(f"{reason}; the model is restarting, try again later"), but=self._untouched)
-        if self._restarts.again(self._load, self._meanwhile) or self._closing.is_set():
-            return
-        self._down = f"has failed for good ({reason})"
-        self._report(self._down)
-        while not self._closing.is_set():
-            self._fail_all(EngineDown(f"the model {self._down}"))
-            self._closing.wait(IDLE_CHECK)
-
     def _meanwhile(self) -> None:
         """While ranks are started again: callers may leave, and deadlines hold."""
-        if self._down and self._started.done():
+        if self._life.restarting:
             self._drain(wait=False)
             self._expire()
             self.tally.waiting = self._scheduler.num_waiting

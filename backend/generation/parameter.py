@@ -35,6 +35,8 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     """The names under which it is a tensor of the model too; the others are keys of JSON only."""
+    key: str = ""
+    """The configuration's parameter that bounds it: the length of a list, else `high`."""
 
     def read(self, name: str, value: object, most: int = INT32) -> Any:
         """The value as bool, int, float, str or a tuple of `most` of them; InvalidInput names it as the caller did."""
@@ -42,7 +44,7 @@ class Parameter:
             return self._one(name, value)
         values = value if isinstance(value, list | tuple) else [value]
         values = [each for each in values if each != b""]  # rows of one tensor are equally long: it fills shorter ones
-        check(len(values) <= most, f"{name} has {len(values)} values, the limit is {most}")
+        check(len(values) <= most, f"{name} has {len(values)} values, the limit is {self._limit(most)}")
         return tuple(self._one(f"{name}[{at}]", each) for at, each in enumerate(values))
 
     def _one(self, name: str, value: object) -> Any:
@@ -61,7 +63,11 @@ class Parameter:
     @property
     def range(self) -> str:
         """The permitted numbers, in words."""
-        return f"{'above' if self.open else 'at least'} {self.low} and at most {self.high}"
+        return f"{'above' if self.open else 'at least'} {self.low} and at most {self._limit(self.high)}"
+
+    def _limit(self, limit: float) -> str:
+        """With the name under which an operator can raise it."""
+        return f"{limit} ({self.key})" if self.key else str(limit)
 
 
 def _flag(name: str, meaning: str, aliases: tuple[str, ...] = (), given: bool = True) -> Parameter:
@@ -95,7 +101,7 @@ PARAMETERS = (
     _number("n", "INT32", 1, INT32, "samples for each prompt"),
     Parameter(
         "stop_words", "BYTES", "strings that end the text and are cut off",
-        many=True, aliases=("stop",), inputs=("stop_words",),
+        many=True, aliases=("stop",), inputs=("stop_words",), key="max_stop_strings",
     ),
     _number("stop_token_ids", "INT32", 0, INT32, "tokens that end the text", many=True),
     _flag("ignore_eos", "go on after the model's own end tokens"),

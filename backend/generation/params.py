@@ -118,10 +118,8 @@ def parse(
     return _options(values, defaults, limits)
 
 
-def decode_text(data: bytes, name: str = "text_input", max_bytes: int | None = None) -> str:
+def decode_text(data: bytes, name: str = "text_input") -> str:
     """UTF-8 text, not empty and without NUL; InvalidInput says where it is not."""
-    if max_bytes is not None and len(data) > max_bytes:
-        raise InvalidInput(f"{name} has {len(data)} bytes, the limit is {max_bytes}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -190,7 +188,7 @@ def _read(source: Mapping[str, object], limits: Limits) -> dict[str, Any]:
 
 def _options(values: dict[str, Any], defaults: Defaults, limits: Limits) -> Options:
     get = values.get
-    check(get("n", 1) <= limits.max_samples, f"n is {get('n')}, the limit is {limits.max_samples}")
+    check(get("n", 1) <= limits.max_samples, f"n is {get('n')}, the limit is {limits.max_samples} (max_prompts)")
     stream = get("stream", False)
     return Options(
         params=_params(values, defaults, limits),

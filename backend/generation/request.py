@@ -49,14 +49,16 @@ class Request:
         options = [_options(row, parameters, engine.defaults, limits) for row in rows]
         if (total := sum(one.n for one in options)) > config.max_prompts:
             raise InvalidInput(
-                f"the request asks for {total} sequences (prompts x n), the limit is {config.max_prompts}"
+                f"the request asks for {total} sequences (prompts x n), the limit is {config.max_prompts} (max_prompts)"
             )
         for name in ANSWER:
             if len({getattr(one, name) for one in options}) > 1:
                 raise InvalidInput(f"{name} must be the same for all prompts of a request")
         size = sum(len(row.get(name, b"")) for row in rows for name in SOURCES)
         if size > config.max_prompt_bytes:
-            raise InvalidInput(f"the request's prompts have {size} bytes, the limit is {config.max_prompt_bytes}")
+            raise InvalidInput(
+                f"the request's prompts have {size} bytes, the limit is {config.max_prompt_bytes} (max_prompt_bytes)"
+            )
         sources = [_source(row, engine.tokenizer, echoed=not options[0].exclude_input) for row in rows]
         prompts = [_prompt(ids, one) for (ids, _), one in zip(sources, options, strict=True)]
         return cls(prompts, options[0], [text for _, text in sources], engine.tokenizer)

@@ -13,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
+from backend.asked import Streaming
 from backend.config import EngineConfig
-from backend.errors import EngineDown
-from backend.generation.delivery import Asked, Delivery, refuse
+from backend.generation.delivery import Delivery, refuse
 from backend.generation.engine import DECODER, Engine
 from backend.generation.request import Request
 from backend.journal import Entry, Journal
 from backend.ranks.group import Report
+from backend.ranks.lifecycle import unloaded
 from backend.tally import Tally
 
 SENDERS = 2
@@ -66,7 +67,7 @@ class Service:
     def tally(self) -> Tally:
         return self.engine.tally
 
-    def serve(self, asked: Sequence[Asked]) -> None:
+    def serve(self, asked: Sequence[Streaming]) -> None:
         """Answer each, later, with errors too."""
         for one in asked:
             entry = self._journal.entry(one)
@@ -81,7 +82,7 @@ class Service:
         try:
             self._tokenising.submit(self._begin, *request)
         except RuntimeError:  # there are no such threads any more
-            raise EngineDown("the model is being unloaded") from None
+            raise unloaded() from None
 
     def close(self) -> None:
         """End the engine; every request that is still open gets its error."""
@@ -89,7 +90,7 @@ class Service:
         self._tokenising.shutdown()
         deadline = time.monotonic() + CLOSING
         for delivery in list(self._open):  # one that came too late for the engine
-            delivery.stream.fail(EngineDown("the model is being unloaded"))
+            delivery.stream.fail(unloaded())
         while self._open and time.monotonic() < deadline:
             time.sleep(0.01)
         self._closing.set()
@@ -99,7 +100,7 @@ class Service:
             if thread.ident:
                 thread.join()
 
-    def _begin(self, asked: Asked, entry: Entry, rows: list[dict[str, Any]], parameters: dict[str, Any]) -> None:
+    def _begin(self, asked: Streaming, entry: Entry, rows: list[dict[str, Any]], parameters: dict[str, Any]) -> None:
         """A tokeniser's thread: from values to a request that runs."""
         try:
             request = Request.parse(rows, parameters, self.engine)

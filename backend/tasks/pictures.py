@@ -36,7 +36,7 @@ def read(data: bytes, name: str, mode: str, most: int) -> Array:
         with Image.open(BytesIO(data), formats=READ) as opened:
             width, height = opened.size
             if width * height > most:
-                raise InvalidInput(f"{name} has {width} x {height} pixels, the limit is {most}")
+                raise InvalidInput(f"{name} has {width} x {height} pixels, the limit is {most} (max_pixels)")
             return np.asarray(ImageOps.exif_transpose(opened).convert(mode))
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
         raise InvalidInput(f"{name} is not an image file; known: {', '.join(READ)}") from None

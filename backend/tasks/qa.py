@@ -154,7 +154,7 @@ class QuestionAnswering(TextTask):
             )
         count = -(-(tokens - room) // (room - item.doc_stride)) + 1
         if count > self.config.max_texts:
-            raise InvalidInput(f"context makes {count} windows, the limit is {self.config.max_texts}")
+            raise InvalidInput(f"context makes {count} windows, the limit is {self.config.max_texts} (max_texts)")
         begins = range(0, count * (room - item.doc_stride), room - item.doc_stride)
         return [(begin, min(begin + room, tokens)) for begin in begins]
 

@@ -8,39 +8,18 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
+from backend.asked import Asked
 from backend.blame import tell
 from backend.errors import InvalidInput
 from backend.journal import Entry
 from backend.metrics import TASK
 from backend.tally import Tally, reason_of
-from backend.tasks.task import Array, Row, Task
+from backend.tasks.task import Array, Task
 from backend.tasks.text import Piece
 
 _log = logging.getLogger(__name__)
-
-
-class Asked(Protocol):
-    """One request; exactly one of `answer` and `fail` is used, once."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def trace(self) -> str: ...
-
-    def parameters(self) -> dict[str, Any]:
-        """Its time limit in µs as `timeout`, among others; before `rows`."""
-
-    def cancelled(self) -> bool:
-        """Whether the caller has gone; not to be asked once it is answered."""
-
-    def rows(self) -> list[Row]:
-        """Its inputs; InvalidInput where they cannot be read."""
-
-    def answer(self, outputs: dict[str, Array]) -> None: ...
-
-    def fail(self, error: Exception) -> None: ...
 
 
 @dataclass(eq=False)

@@ -8,39 +8,33 @@ queue, where its limits and deadlines hold.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from backend.checkpoint import resolve, root
+from backend.asked import Asked
 from backend.config import EngineConfig
 from backend.devices import MICRO_BATCH_TOKENS, resolved
-from backend.errors import EngineDown, ServingError, serving
+from backend.errors import EngineDown, ServingError
 from backend.journal import Journal
 from backend.metrics import TASK
+from backend.model_folder import resolve, root
 from backend.ranks.group import RankGroup, Report
-from backend.ranks.restarts import Restarts
+from backend.ranks.lifecycle import IDLE_CHECK, Hooks, Lifecycle, unloaded
 from backend.tally import Tally
 from backend.tasks import find
 from backend.tasks.pool import Batch, Pool
-from backend.tasks.request import Asked, Request
+from backend.tasks.request import Request
 from backend.tasks.task import Task
 from backend.tasks.text import Ready, Texts
 from backend.tasks.watch import Watch
 
-IDLE_CHECK = 0.5
-"""Seconds between looks at the ranks' health while there is nothing to do."""
 DEPTH = 2
 """Micro-batches that the ranks have at once: one that is computed, one that waits for it."""
 TOKENISING = 8
 """Cores that one model's tokeniser uses at most."""
-CLOSING = 5.0
-"""Seconds for a micro-batch under way to come to its end before the ranks are killed."""
-UNLOADED = "is being unloaded"
 
 
 class Service:
@@ -56,34 +50,24 @@ class Service:
         self.tally = Tally(TASK)
         self._journal = Journal(report, config.journal)
         self._ready = Ready()
-        self._report = report
         self._group = RankGroup(self.config, self.task.worker, report, name)
         self._pool = Pool(self.task.cut)
         self._watch = Watch()
         self._sent: deque[Batch] = deque()
         self._begun = 0.0
-        self._down = "is loading"
-        self._closing = threading.Event()
-        self._restarts = Restarts(self.config, self._closing, report)
-        self._started: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, name="service", daemon=True)
+        hooks = Hooks(load=self._load, serve=self._step, fail_begun=self._fail_sent, fail_all=self._fail_all)
+        self._life = Lifecycle(self.config, self._group, self.tally, report, hooks)
 
     # ---- any thread
 
     def start(self) -> None:
         """Load and warm up; LoadError with a one-line reason otherwise."""
-        self._thread.start()
-        self._started.result()
+        self._life.start()
         self._watch.start()
 
     @property
     def healthy(self) -> bool:
-        return not self._reason()
-
-    @property
-    def pids(self) -> list[int]:
-        """The ranks' processes."""
-        return self._group.pids
+        return not self._life.down
 
     def serve(self, asked: Sequence[Asked]) -> None:
         """Answer each request, sooner or later, exactly once."""
@@ -98,30 +82,19 @@ class Service:
 
     def close(self) -> None:
         """End the ranks and every request still open."""
-        self._closing.set()
-        if self._down:
-            self._group.kill()  # a start may take minutes
-        if self._thread.ident:
-            self._thread.join(CLOSING)
-            self._group.kill()  # a rank that hangs
-            self._thread.join()
+        self._life.close()
         self._watch.close()
-
-    def _reason(self) -> str:
-        """Why nothing is served now, or nothing."""
-        return UNLOADED if self._closing.is_set() else self._down
 
     def _put(self, requests: list[Request]) -> None:
         """Hand them to the service's thread once there is room; EngineDown where it does not serve now.
 
         Who waits when the ranks fail is served by the next ones.
         """
-        if reason := self._reason():
-            raise EngineDown(f"the model {reason}; try again later")
+        self._life.check()
         while (requests := [one for one in requests if not one.settled]) and not self._pool.put(requests, IDLE_CHECK):
             pass
-        if self._closing.is_set():  # that thread may have failed what waited before these came
-            _fail(self._pool.clear(), EngineDown(f"the model {UNLOADED}"))
+        if self._life.closing.is_set():  # that thread may have failed what waited before these came
+            _fail(self._pool.clear(), unloaded())
 
     # ---- preparing, in the caller's thread
 
@@ -161,24 +134,13 @@ class Service:
 
     # ---- the service's thread
 
-    def _run(self) -> None:
-        try:
-            self._load()
-            self._started.set_result(None)
-        except BaseException as error:
-            self._started.set_exception(error)
-            return
-        try:
-            while not self._closing.is_set():
-                try:
-                    self._step()
-                except Exception as error:
-                    self._recover(error)
-        finally:
-            self._down = self._down or UNLOADED
-            self.tally.down()
-            self._fail_all(EngineDown(f"the model {UNLOADED}"))
-            self._group.close()
+    def _load(self) -> str:
+        """Warm up ranks that have just started."""
+        told = self._group.call("warm_up", timeout=self.config.load_timeout)
+        self._begun = time.monotonic()
+        ready = [each for each in told if isinstance(each, Ready)] or [Ready()]
+        self._ready, self.tally.proof_difference = ready[0], max(each.proof for each in ready)
+        return ""
 
     def _step(self) -> None:
         """Keep the ranks busy, take their oldest answer, and finish what it completes while they compute the next."""
@@ -238,42 +200,6 @@ class Service:
         if idle and not batch:
             self._group.check()
         return batch
-
-    # ---- start and restart
-
-    def _load(self) -> None:
-        start = time.monotonic()
-        self.tally.restarts += self._started.done()
-        self._group.start()
-        try:
-            told = self._group.call("warm_up", timeout=self.config.load_timeout)
-        except BaseException:
-            self._group.close()
-            raise
-        self._down, self._begun = "", time.monotonic()
-        ready = [each for each in told if isinstance(each, Ready)] or [Ready()]
-        self._ready, self.tally.proof_difference = ready[0], max(each.proof for each in ready)
-        self.tally.up(self.config.tensor_parallel, self._begun - start)
-        self._restarts.served()
-        self._report(f"ready in {time.monotonic() - start:.1f} s")
-
-    def _recover(self, error: Exception) -> None:
-        """After the ranks failed: end what they had, start them again, slower each time; give up after max_restarts."""
-        if self._closing.is_set():
-            return
-        reason = str(serving(error))
-        self._report(f"down: {reason}")
-        self._down = f"is restarting ({reason})"
-        self.tally.down()
-        self._group.close()
-        self._fail_sent(EngineDown(f"{reason}; the model is restarting, try again later"))
-        if self._restarts.again(self._load) or self._closing.is_set():
-            return
-        self._down = f"has failed for good ({reason})"
-        self._report(self._down)
-        while not self._closing.is_set():
-            self._fail_all(EngineDown(f"the model {self._down}"))
-            self._closing.wait(IDLE_CHECK)
 
     def _fail_sent(self, error: ServingError) -> None:
         """End the requests that have a piece among what the ranks got."""

@@ -53,7 +53,7 @@ class Task(Protocol):
 
 
 def text_of(row: Row, name: str, limit: int) -> str:
-    """A required text of so many bytes at most; InvalidInput where it is missing, longer or not UTF-8."""
+    """A required text of max_prompt_bytes at most; InvalidInput where it is missing, longer or not UTF-8."""
     if name not in row:
         raise InvalidInput(f"{name} is missing")
     text = decode(row[name], name)
@@ -62,22 +62,22 @@ def text_of(row: Row, name: str, limit: int) -> str:
 
 
 def texts_of(row: Row, name: str, most: int, limit: int) -> list[str]:
-    """A required list of `most` texts, of `limit` bytes together."""
+    """A required list of at most max_texts texts, of max_prompt_bytes together."""
     given = row.get(name)
     values = given if isinstance(given, list) else [] if given is None else [given]
     if not values:
         raise InvalidInput(f"{name} is missing or empty")
     if len(values) > most:
-        raise InvalidInput(f"{name} has {len(values)} entries, the limit is {most}")
+        raise InvalidInput(f"{name} has {len(values)} entries, the limit is {most} (max_texts)")
     decoded = [decode(value, f"{name}[{at}]") for at, value in enumerate(values)]
     check_bytes(name, values, limit)
     return decoded
 
 
 def check_bytes(what: str, values: Sequence[bytes | str], limit: int) -> None:
-    """InvalidInput where they are longer than `limit` together."""
+    """InvalidInput where they are longer than max_prompt_bytes together."""
     if (size := sum(map(len, values))) > limit:
-        raise InvalidInput(f"{what} has {size} bytes, the limit is {limit}")
+        raise InvalidInput(f"{what} has {size} bytes, the limit is {limit} (max_prompt_bytes)")
 
 
 def decode(value: Any, name: str) -> str:

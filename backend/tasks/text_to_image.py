@@ -139,7 +139,7 @@ class TextToImage:
         for name in ("height", "width"):
             check(given.get(name, 0) % multiple == 0, f"{name} must be a multiple of {multiple}, not {given.get(name)}")
         if sides and sides[0] * sides[1] > most:
-            raise InvalidInput(f"height x width is {sides[0] * sides[1]} pixels, the limit is {most}")
+            raise InvalidInput(f"height x width is {sides[0] * sides[1]} pixels, the limit is {most} (max_pixels)")
 
     def _image(self, row: Row, given: dict[str, Any]) -> tuple[Array | None, Array | None]:
         """The image and the mask of an inpainting request."""
@@ -164,13 +164,13 @@ class TextToImage:
 
 
 def _parameters(config: EngineConfig, folder: PipelineFolder) -> list[Parameter]:
-    most = min(config.max_steps, folder.steps)
+    most, key = (folder.steps, "") if folder.steps < config.max_steps else (config.max_steps, "max_steps")
     return [
-        Parameter("num_inference_steps", "INT32", "denoising steps", 1, most),
+        Parameter("num_inference_steps", "INT32", "denoising steps", 1, most, key=key),
         Parameter("guidance_scale", "FP32", "how closely to follow the prompt; 1 or less: no guidance", 0, 1000),
         Parameter("height", "INT32", "pixels", 1, INT32),
         Parameter("width", "INT32", "pixels", 1, INT32),
         Parameter("strength", "FP32", "how much of the masked part is drawn anew", 0, 1, open=True),
         Parameter("seed", "UINT64", "of the first image, the next ones count on; random if not given", 0, UINT64),
-        Parameter("num_images_per_prompt", "INT32", "images", 1, config.max_images),
+        Parameter("num_images_per_prompt", "INT32", "images", 1, config.max_images, key="max_images"),
     ]

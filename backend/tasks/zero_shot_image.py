@@ -17,7 +17,7 @@ from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
 from backend.generation.tokenizer import Tokenizer
 from backend.model_folder import Checkpoint
-from backend.quantized_folder import kind_of
+from backend.quantized_form import kind_of
 from backend.tasks.pictures import read
 from backend.tasks.task import Array, Row, check_bytes, filled, text_of, texts, texts_of
 

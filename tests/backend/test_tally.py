@@ -4,6 +4,7 @@ import importlib.util
 import re
 import sys
 import threading
+import time
 import types
 from collections import Counter
 from pathlib import Path
@@ -45,6 +46,25 @@ def test_counters_give_what_they_gained_and_nothing_where_they_stand():
     found.prompt_tokens += 3
     second = shown(found)
     assert second == gauges(second) | {"vllm:prompt_tokens_total": 3}
+
+
+class Slow(int):
+    """A number beside which other threads run while it is added to."""
+
+    def __add__(self, other):
+        time.sleep(0.001)
+        return Slow(int(self) + other)
+
+
+def test_whatever_ends_in_several_threads_is_counted():
+    found = Tally(TASK)
+    found.finished["stop"] = Slow(0)
+    threads = [threading.Thread(target=lambda: [found.ended("stop", 0.5) for _ in range(20)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found.finished["stop"] == len(found.latency) == 80
 
 
 def test_histograms_get_each_value_once_and_only_of_what_was_answered():

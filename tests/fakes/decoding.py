@@ -76,7 +76,7 @@ def play(
     `step` computes at once here, and its answers are committed late: what the plans are made from is known as late.
     """
     rng = random.Random(seed)
-    pool = BlockPool(num_blocks, config.block_size, prefix_cache=True)
+    pool = BlockPool(num_blocks, config.block_size)
     scheduler = Scheduler(pool, config.max_sequences, config.step_tokens)
     coming, sent = list(sequences)[::-1], deque[tuple[list[Any], Sampled]]()
     logprobs: dict[Sequence, list[float]] = {seq: [] for seq in sequences}

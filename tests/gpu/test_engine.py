@@ -70,12 +70,13 @@ def test_tokens_equal_transformers(folder, prompts, wanted, world, parameters):
 
     if torch.cuda.device_count() < world:
         pytest.skip(f"{world} GPUs needed")
-    given = {"model": str(folder), "dtype": "float32", "max_sequences": "16", "tensor_parallel": str(world)}
+    given = {"model": str(folder), "dtype": "float32", "max_sequences": "16", "num_blocks": "2048"}
+    given["tensor_parallel"] = str(world)
     engine = Engine(EngineConfig.from_parameters({**given, **parameters}), report=print)
     engine.start()
     try:
         assert generate(engine, [Prompt(array("i", ids), GREEDY) for ids in prompts]) == wanted
-        assert (engine.preemptions > 0) == ("num_blocks" in parameters)
+        assert (engine.tally.preemptions > 0) == ("num_blocks" in parameters)
         alone = generate(engine, [Prompt(array("i", prompts[5]), DRAWN)])
         crowd = generate(engine, [Prompt(array("i", ids), DRAWN) for ids in prompts])
         assert crowd[5] == alone[0]

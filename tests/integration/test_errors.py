@@ -86,10 +86,10 @@ def test_unknown_keys_are_named_whatever_is_in_them(served):
 
 def test_limits_name_themselves_and_the_actual_value(served):
     assert "512 tokens, the limit is 511" in refusal(served, input_ids=[5] * 512)
-    assert f"{2**20 + 5} bytes, the limit is {2**20}" in refusal(served, "x" * (2**20 + 5))
-    assert "n is 70, the limit is 64" in refusal(served, "a", n=70)
+    assert f"{2**20 + 5} bytes, the limit is {2**20} (max_prompt_bytes)" in refusal(served, "x" * (2**20 + 5))
+    assert "n is 70, the limit is 64 (max_prompts)" in refusal(served, "a", n=70)
     three = {"text_input": np.array([[b"a"]] * 3, object), "n": np.full((3, 1), 22, np.int32)}
-    assert "66 sequences (prompts x n), the limit is 64" in refusal(served, **three)
+    assert "66 sequences (prompts x n), the limit is 64 (max_prompts)" in refusal(served, **three)
 
 
 def test_exactly_at_a_limit(served):

@@ -30,10 +30,18 @@ def padded(size):
 
 
 LIMITS = {
-    "prompt bytes": ({"text_input": TEXT[:60]}, {"text_input": TEXT[:61]}, "61 bytes, the limit is 60"),
+    "prompt bytes": (
+        {"text_input": TEXT[:60]},
+        {"text_input": TEXT[:61]},
+        "61 bytes, the limit is 60 (max_prompt_bytes)",
+    ),
     "prompt tokens": ({"input_ids": IDS[:47]}, {"input_ids": IDS}, "48 tokens, the limit is 47"),
-    "samples": ({"n": 4}, {"n": 5}, "n is 5, the limit is 4"),
-    "stop strings": ({"stop_words": [*"QRS"]}, {"stop_words": [*"QRST"]}, "stop_words has 4 values, the limit is 3"),
+    "samples": ({"n": 4}, {"n": 5}, "n is 5, the limit is 4 (max_prompts)"),
+    "stop strings": (
+        {"stop_words": [*"QRS"]},
+        {"stop_words": [*"QRST"]},
+        "stop_words has 4 values, the limit is 3 (max_stop_strings)",
+    ),
     "stop characters": (
         {"stop_words": ["Q" * 1024]},
         {"stop_words": ["Q" * 1025]},
@@ -88,7 +96,7 @@ def test_prompts_of_one_request(served, strict):
     (answer,) = answers(served.ask(request(strict, text_input=four)))
     assert answer["text_output"].shape == (4, 1)
     message = failure(served.ask(request(strict, text_input=five)))
-    assert message.startswith("InvalidInput: ") and "5 sequences (prompts x n), the limit is 4" in message
+    assert message.startswith("InvalidInput: ") and "5 sequences (prompts x n), the limit is 4 (max_prompts)" in message
 
 
 def test_ten_thousand_stop_strings(served):
@@ -128,13 +136,13 @@ AT = [
     {"guidance_scale": 1000.0},
 ]
 PAST = [
-    ({"height": 40, "width": 32}, "1280 pixels, the limit is 1024"),
-    ({"num_inference_steps": 4}, "at most 3"),
+    ({"height": 40, "width": 32}, "1280 pixels, the limit is 1024 (max_pixels)"),
+    ({"num_inference_steps": 4}, "at most 3 (max_steps)"),
     ({"num_inference_steps": 0}, "at least 1"),
     ({"num_inference_steps": 10**9}, "at most 3"),
-    ({"num_images_per_prompt": 3}, "at most 2"),
+    ({"num_images_per_prompt": 3}, "at most 2 (max_images)"),
     ({"num_images_per_prompt": 0}, "at least 1"),
-    ({"prompt": "a" * 21}, "21 bytes, the limit is 20"),
+    ({"prompt": "a" * 21}, "21 bytes, the limit is 20 (max_prompt_bytes)"),
     ({"guidance_scale": 1001.0}, "at most 1000"),
     ({"guidance_scale": float("nan")}, "guidance_scale"),
     ({"guidance_scale": float("inf")}, "guidance_scale"),

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 from decoding import play, sequence, settings
+from processes import ranks
 from safetensors.torch import load_file, save_file
 from tiny import save_llama
 
@@ -74,7 +75,7 @@ def plain(folder):
 def test_from_disk_it_takes_a_fraction_of_the_memory_and_a_killed_rank_leaves_nothing(folder, plain, tmp_path):
     def kill(group):
         assert list(tmp_path.iterdir()) == []
-        os.kill(group.pids[0], signal.SIGKILL)
+        os.kill(ranks()[0], signal.SIGKILL)
         with pytest.raises(EngineDown):
             group.call("most")
 

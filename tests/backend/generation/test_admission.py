@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import threading
+import time
 from array import array
 
 import pytest
 
-from backend.generation.admission import Forecast, Headroom
+from backend.config import EngineConfig
+from backend.errors import Overloaded
+from backend.generation.admission import Admission, Forecast, Headroom
 from backend.generation.blocks import BlockPool
 from backend.generation.scheduler import Scheduler
 from backend.generation.sequence import SamplingParams, Sequence
+from backend.metrics import GENERATE
+from backend.tally import Tally
 
 
 def sequence(length: int, most: int, done: int = 0, stop: int = -1) -> Sequence:
@@ -47,9 +53,10 @@ def test_need_is_what_may_come_until_lengths_are_known() -> None:
 
 def test_none_is_preempted_where_all_that_may_come_is_left_free() -> None:
     def preempted(share: float) -> int:
-        scheduler = Scheduler(BlockPool(40, 4, prefix_cache=False), 16, 64, share)
-        for _ in range(16):
-            scheduler.add(sequence(8, 24))
+        scheduler = Scheduler(BlockPool(40, 4), 16, 64, share)
+        for number in range(16):
+            scheduler.add(seq := sequence(8, 24))
+            seq.salt = bytes([number])  # no block is shared
         while not scheduler.idle:
             chunks = scheduler.schedule()
             scheduler.commit(chunks, [1] * sum(chunk.samples for chunk in chunks))
@@ -118,3 +125,56 @@ def test_an_old_rate_is_forgotten() -> None:
     served(forecast, clock, steps=200, tokens=1000)
     forecast.add("a", 10000)
     assert forecast.seconds == pytest.approx(1.0, rel=0.1)
+
+
+def test_as_many_sequences_are_let_in_as_may_be_here() -> None:
+    tally = Tally(GENERATE)
+    admission = Admission(EngineConfig(model="-", max_sequences=2, max_waiting=3), tally)
+    admission.enter("a", 4, 100)
+    with pytest.raises(Overloaded, match=r"^4 sequences are running or waiting, the limit is 5 \(max_sequences"):
+        admission.enter("b", 2, 100)
+    admission.enter("c", 1, 10)
+    assert (admission.sequences, admission.forecast.requests, tally.refused) == (5, 2, 1)
+    admission.leave("a", 4)
+    admission.enter("b", 4, 100)
+    admission.began("b", 100)
+    assert (admission.sequences, admission.forecast.requests, tally.refused) == (5, 1, 1)
+
+
+def test_a_queue_that_is_too_long_lets_nobody_in() -> None:
+    admission = Admission(EngineConfig(model="-", max_queue_seconds=2.0), Tally(GENERATE))
+    clock = Clock()
+    admission.forecast = Forecast(clock)
+    served(admission.forecast, clock)
+    admission.enter("a", 1, 2500)
+    with pytest.raises(Overloaded, match=r"longer than 2 s \(max_queue_seconds\); 1 requests wait"):
+        admission.enter("b", 1, 1)
+    admission.leave("a", 1)
+    admission.enter("b", 1, 1)
+
+
+class Slow(int):
+    """A number beside which other threads run while it is added to."""
+
+    def __add__(self, other: int) -> Slow:
+        time.sleep(0.001)
+        return Slow(int(self) + other)
+
+
+def test_threads_that_come_and_go_are_counted() -> None:
+    tally = Tally(GENERATE)
+    tally.refused = Slow(0)
+    admission = Admission(EngineConfig(model="-", max_sequences=1, max_waiting=0), tally)
+    admission.enter("one", 1, 1)
+
+    def come() -> None:
+        for _ in range(20):
+            with pytest.raises(Overloaded):
+                admission.enter(object(), 1, 1)
+
+    threads = [threading.Thread(target=come) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tally.refused == 80

@@ -144,14 +144,6 @@ def test_usage_is_the_share_that_is_held() -> None:
     assert pool.usage == 0
 
 
-def test_without_a_prefix_cache_nothing_is_shared_or_awaited() -> None:
-    pool = BlockPool(20, 4, prefix_cache=False)
-    computed(pool, 12)
-    assert found(pool, sequence(12)) == 0
-    assert not pool.awaits(sequence(12))
-    assert pool.prefix_hits == 0
-
-
 def test_a_prefix_on_its_way_is_awaited_until_its_holder_gives_up() -> None:
     pool = BlockPool(20, 4)
     seq = sequence(12)

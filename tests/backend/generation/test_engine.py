@@ -23,6 +23,7 @@ from backend.generation.sequence import SamplingParams
 FAKES = Path(__file__).parents[2] / "fakes"
 sys.path.insert(0, str(FAKES))
 from counting_decoder import CRASH, END, HANG, NAN, SLOW, VOCAB, truth  # noqa: E402
+from processes import ranks  # noqa: E402
 from tiny import save_llama  # noqa: E402
 
 WORKER = "counting_decoder:CountingDecoder"
@@ -54,12 +55,6 @@ def make(folder, monkeypatch):
     for engine in engines:
         engine.close()
     assert ranks() == []
-
-
-def ranks():
-    """The rank processes below this one; other tests' helpers (multiprocessing's resource tracker) may live on."""
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if p.status() != psutil.STATUS_ZOMBIE and "backend.ranks.rank" in p.cmdline()]
 
 
 def prompt(*ids, params=PARAMS, **more):
@@ -97,7 +92,7 @@ def test_a_cache_too_small_for_all_preempts_and_still_gives_the_same_tokens(make
     rng = random.Random(2)
     prompts = [[rng.randrange(3, 150) for _ in range(rng.randrange(1, 50))] for _ in range(25)]
     assert complete(engine, *(prompt(*ids) for ids in prompts)) == [expected(ids) for ids in prompts]
-    assert engine.preemptions > 0
+    assert engine.tally.preemptions > 0
 
 
 def test_samples_of_a_prompt_are_indexed_and_share_its_blocks(make):
@@ -105,7 +100,7 @@ def test_samples_of_a_prompt_are_indexed_and_share_its_blocks(make):
     ids = list(range(10, 90))
     results = complete(engine, prompt(5, 6, 7, n=2), prompt(*ids, n=3))
     assert results == [expected([5, 6, 7])] * 2 + [expected(ids)] * 3
-    assert engine.prefix_hits >= 2 * 64
+    assert engine.tally.prefix_hits >= 2 * 64
 
 
 def test_without_the_prefix_cache_requests_share_nothing(make):
@@ -113,7 +108,7 @@ def test_without_the_prefix_cache_requests_share_nothing(make):
     ids = list(range(10, 90))
     for _ in range(2):
         assert complete(engine, prompt(*ids)) == [expected(ids)]
-    assert engine.prefix_hits == 0
+    assert engine.tally.prefix_queries == 160 and engine.tally.prefix_hits == 0
 
 
 def test_max_tokens_never_passes_the_models_length(make):
@@ -188,7 +183,7 @@ def test_a_row_of_broken_logits_fails_alone(make):
 
 def test_a_killed_rank_fails_every_stream_and_the_engine_serves_again(make):
     engine = make(tensor_parallel=2)
-    pids = engine.pids
+    pids = ranks()
     failures = []
 
     def neighbour():
@@ -209,7 +204,7 @@ def test_a_killed_rank_fails_every_stream_and_the_engine_serves_again(make):
     assert len(failures) == 4 and time.monotonic() - start < 5
     await_health(engine)
     assert complete(engine, prompt(5)) == [expected([5])]
-    assert not set(pids) & set(engine.pids) and not any(map(psutil.pid_exists, pids))
+    assert len(pids) == 2 and not set(pids) & set(ranks()) and not any(map(psutil.pid_exists, pids))
 
 
 class Kept:
@@ -252,7 +247,7 @@ def test_what_only_waited_for_a_killed_rank_is_served_by_the_next(make):
     assert kept.answers() == [expected(ids)[0] for ids in (stem, stem, [7])]
     for stream in (kept.bad, kept.late, kept.good):
         engine.leave(stream)
-    assert open_sequences(engine) == 0 and engine._admitted == 0
+    assert open_sequences(engine) == 0 and engine._admission.sequences == 0
     assert [engine.tally.finished[reason] for reason in ("error", "deadline", "cancelled")] == [1, 1, 1]
 
 
@@ -295,10 +290,9 @@ def test_what_no_longer_fits_after_a_restart_is_told_so(make, monkeypatch):
 
 def test_a_rank_killed_while_idle_is_noticed_without_traffic(make):
     engine = make()
-    pids = engine.pids
-    psutil.Process(pids[0]).kill()
+    psutil.Process(ranks()[0]).kill()
     deadline = time.monotonic() + 10
-    while engine.pids == pids and time.monotonic() < deadline:
+    while not engine.tally.restarts and time.monotonic() < deadline:
         time.sleep(0.05)
     await_health(engine)
     assert complete(engine, prompt(5)) == [expected([5])]

@@ -65,7 +65,7 @@ NEIGHBOURS = [prompt([5, 6, 7]), prompt([8, 9], PENALISED), prompt([*range(10, 2
 @pytest.mark.parametrize(("length", "at"), [(30, 29), (150, 10), (150, 70), (150, 149)])
 def test_what_finds_no_memory_fails_alone(engine, length, at):
     """In its only chunk, the first, one in the middle (its next one is on its way already) and the last."""
-    alone, pids = [tokens(engine, each) for each in NEIGHBOURS], engine.pids
+    alone = [tokens(engine, each) for each in NEIGHBOURS]
     found = [None] * len(NEIGHBOURS)
 
     def ask(index):
@@ -81,7 +81,7 @@ def test_what_finds_no_memory_fails_alone(engine, length, at):
     for thread in threads:
         thread.join()
     assert found == alone
-    assert engine.pids == pids and engine.tally.restarts == 0 and engine.check() == 0
+    assert engine.tally.restarts == 0 and engine.check() == 0
     assert "rank 0 | no device memory for 1 of" in "".join(engine.lines)
 
 
@@ -98,19 +98,19 @@ def test_what_was_not_computed_is_no_known_prefix(engine):
     fresh = tokens(engine, prompt([*ids, 7], salt=b"unshared"))
     with pytest.raises(ServingError, match="no memory left"):
         tokens(engine, prompt([*ids, STARVES]))
-    before = engine.prefix_hits
+    before = engine.tally.prefix_hits
     assert tokens(engine, prompt([*ids, 7])) == fresh
-    assert engine.prefix_hits == before
+    assert engine.tally.prefix_hits == before
     assert tokens(engine, prompt([*ids, 7])) == fresh
-    assert engine.prefix_hits == before + 24
+    assert engine.tally.prefix_hits == before + 24
 
 
 def test_a_chunk_before_the_lost_one_is_still_known(engine):
     with pytest.raises(ServingError, match="no memory left"):
         tokens(engine, prompt(starving(100, 70, first=60)))
-    before, whole = engine.prefix_hits, [60 + place % 100 for place in range(100)]
+    before, whole = engine.tally.prefix_hits, [60 + place % 100 for place in range(100)]
     assert tokens(engine, prompt(whole)) == tokens(engine, prompt(whole, salt=b"unshared"))
-    assert engine.prefix_hits == before + STEP_TOKENS
+    assert engine.tally.prefix_hits == before + STEP_TOKENS
 
 
 def test_the_longest_goes_first_and_only_until_the_rest_fits(engine):

@@ -19,6 +19,7 @@ from backend.generation.sequence import SamplingParams, Sequence
 
 FAKES = Path(__file__).parents[2] / "fakes"
 sys.path.insert(0, str(FAKES))
+from processes import ranks  # noqa: E402
 from tiny import save_llama  # noqa: E402
 
 RAISES, DIES = 290, 291  # of failing_decoder, which imports torch
@@ -50,7 +51,7 @@ def tokens(engine, *ids):
 def test_ranks_reach_each_other_over_loopback_alone(engine):
     """docs/faults.md, 26."""
     assert tokens(engine, 5, 6, 7)
-    found = [each for pid in engine.pids for each in psutil.Process(pid).net_connections("inet")]
+    found = [each for pid in ranks() for each in psutil.Process(pid).net_connections("inet")]
     addresses = [at.ip for each in found for at in (each.laddr, each.raddr) if at]
     assert addresses and [ip for ip in addresses if not ip_address(ip.removeprefix("::ffff:")).is_loopback] == []
 
@@ -60,14 +61,14 @@ def test_ranks_reach_each_other_over_loopback_alone(engine):
     [(RAISES, "rank 1: ValueError: only here"), (DIES, "rank 1 was killed by SIGKILL")],
 )
 def test_one_rank_fails_and_the_other_waits_in_an_all_reduce(engine, token, reason):
-    before, pids = tokens(engine, 5, 6, 7), engine.pids
+    before, pids = tokens(engine, 5, 6, 7), ranks()
     with pytest.raises(EngineDown, match=reason):
         tokens(engine, 5, token)
     deadline = time.monotonic() + 120
     while not engine.healthy and time.monotonic() < deadline:
         time.sleep(0.05)
     assert tokens(engine, 5, 6, 7) == before
-    assert not any(map(psutil.pid_exists, pids))
+    assert len(pids) == 2 and not any(map(psutil.pid_exists, pids))
 
 
 def test_a_deadline_in_prefill_frees_what_is_computed_and_computes_no_more():

@@ -136,7 +136,7 @@ class Game:
         size = rng.choice([1, 1, 2, 3, 4, 8])
         self.room = rng.choice([12, 24, 36])  # tokens of the longest sequence, but its last
         num_blocks = -(-self.room * rng.choice([1, 1.5, 2, 3, 20]) // size)
-        self.pool = rng.choice([BlockPool, EagerPool])(int(num_blocks), size, prefix_cache=rng.random() < 0.9)
+        self.pool = rng.choice([BlockPool, EagerPool])(int(num_blocks), size)
         self.scheduler = Scheduler(
             self.pool, rng.randint(1, 12), rng.choice([1, 4, 6, 8, 12, 64]), rng.choice([0, 0, 0.5, 1, 2])
         )

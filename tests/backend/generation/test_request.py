@@ -56,12 +56,12 @@ def test_ids_become_text_only_where_the_answer_repeats_them(engine):
     [
         ({}, "exactly one of text_input, input_ids, messages must be given, not none"),
         ({"text_input": b"a", "input_ids": [1]}, "not text_input and input_ids"),
-        ({"text_input": b"a" * 101}, "101 bytes, the limit is 100"),
+        ({"text_input": b"a" * 101}, r"101 bytes, the limit is 100 \(max_prompt_bytes\)"),
         ({"text_input": b"\xff"}, "not valid UTF-8"),
         ({"messages": b"{"}, "messages is not a JSON list"),
         ({"messages": b'[{"role":"user","content":"\\ud800"}]'}, "messages hold half of a surrogate pair"),
         ({"messages": b'[{"role":"user","content":"a\\u0000"}]'}, "messages has"),
-        ({"text_input": b"a", "n": 5}, "n is 5, the limit is 4"),
+        ({"text_input": b"a", "n": 5}, r"n is 5, the limit is 4 \(max_prompts\)"),
     ],
 )
 def test_what_is_wrong_is_named(engine, row, message):
@@ -71,7 +71,7 @@ def test_what_is_wrong_is_named(engine, row, message):
 
 def test_prompts_times_n_are_limited(engine):
     parse(engine, *[{"text_input": b"a", "n": 2}] * 2)
-    with pytest.raises(InvalidInput, match=r"6 sequences \(prompts x n\), the limit is 4"):
+    with pytest.raises(InvalidInput, match=r"6 sequences \(prompts x n\), the limit is 4 \(max_prompts\)"):
         parse(engine, *[{"text_input": b"a", "n": 2}] * 3)
 
 

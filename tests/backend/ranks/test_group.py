@@ -17,6 +17,8 @@ from backend.errors import EngineDown, LoadError
 from backend.ranks.group import RankGroup
 
 FAKES = Path(__file__).parents[2] / "fakes"
+sys.path.insert(0, str(FAKES))
+from processes import ranks  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +48,6 @@ def look_after(group, enough=lambda: False):
         time.sleep(0.05)
         group.check()
     raise AssertionError("nothing in twenty seconds")
-
-
-def children():
-    """The rank processes below this one; other tests' helpers (multiprocessing's resource tracker) may live on."""
-    children = psutil.Process().children(recursive=True)
-    return [p for p in children if p.status() != psutil.STATUS_ZOMBIE and "backend.ranks.rank" in p.cmdline()]
 
 
 def test_every_rank_answers_in_rank_order(group):
@@ -91,7 +87,7 @@ def test_a_load_error_keeps_its_class_and_becomes_one_line():
     group = make(2, model="unloadable")
     with pytest.raises(LoadError, match=r"^no such thing at all$"):
         group.start()
-    assert group.pids == [] and children() == []
+    assert ranks() == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -112,21 +108,22 @@ def test_one_rank_that_raises_fails_the_call_though_the_others_are_busy(group):
 
 def test_a_death_while_idle_is_noticed(group):
     group.check()
-    os.kill(group.pids[1], signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(group.pids[1])], timeout=30)
+    victim = psutil.Process(ranks()[1])
+    victim.kill()
+    psutil.wait_procs([victim], timeout=30)
     with pytest.raises(EngineDown, match="rank 1"):
         group.check()
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP])
 def test_a_hung_rank_is_named_when_its_time_is_up(group, number):
-    os.kill(group.pids[1], number)
+    os.kill(ranks()[1], number)
     with pytest.raises(EngineDown, match=r"rank 1 has not answered for 2 s"):
         group.call("add", 1, 1, timeout=2)
 
 
 def test_the_time_since_the_question_counts_and_is_named(group):
-    os.kill(group.pids[1], signal.SIGSTOP)
+    os.kill(ranks()[1], signal.SIGSTOP)
     group.send("add", 1, 1)
     with pytest.raises(EngineDown, match=r"rank 1 has not answered for 60 s"):
         group.receive(60, since=time.monotonic() - 59.9)
@@ -136,7 +133,7 @@ def test_a_hung_rank_that_takes_no_questions_is_named_too():
     group = make(2, step_timeout=0.5)
     group.start()
     try:
-        os.kill(group.pids[1], signal.SIGSTOP)
+        os.kill(ranks()[1], signal.SIGSTOP)
         with pytest.raises(EngineDown, match=r"rank 1 has taken no question for 0\.5 s"):
             group.send("add", b"x" * 5_000_000, b"y")
     finally:
@@ -172,7 +169,7 @@ def test_a_rank_that_hangs_while_idle_is_noticed(rank):
     group = make(2, heartbeat_timeout=2)  # long enough for the other one
     group.start()
     try:
-        os.kill(group.pids[rank], signal.SIGSTOP)
+        os.kill(ranks()[rank], signal.SIGSTOP)
         with pytest.raises(EngineDown, match=rf"rank {rank} has given no sign of life for 2 s"):
             look_after(group)
     finally:
@@ -183,7 +180,7 @@ def test_without_a_limit_nobody_is_asked():
     group = make(1, heartbeat_timeout=0)
     group.start()
     try:
-        os.kill(group.pids[0], signal.SIGSTOP)
+        os.kill(ranks()[0], signal.SIGSTOP)
         group._pulse._since -= 1000
         group.check()
     finally:
@@ -201,15 +198,16 @@ def test_nothing_is_left_after_close():
     group = make(2)
     group.start()
     group.close()
-    assert children() == []
+    assert ranks() == []
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_ranks_die_with_their_parent(tmp_path):
     code = (
-        "import os, time\nfrom backend.config import EngineConfig\nfrom backend.ranks.group import RankGroup\n"
+        "import time\nfrom processes import ranks\n"
+        "from backend.config import EngineConfig\nfrom backend.ranks.group import RankGroup\n"
         "group = RankGroup(EngineConfig(model='toy', tensor_parallel=2), 'toy_worker:Toy', lambda line: None)\n"
-        "group.start()\ngroup.send('sleep', 60)\nprint(*group.pids, flush=True)\ntime.sleep(60)\n"
+        "group.start()\ngroup.send('sleep', 60)\nprint(*ranks(), flush=True)\ntime.sleep(60)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     with parent:

@@ -81,5 +81,5 @@ def image():
 def test_at_the_limit_of_bytes_and_past_it(tasks, name, what, last, over):
     more = {"image": image()} if name == "zero_shot_image" else {}
     assert tasks(name).parse({**last, **more})
-    with pytest.raises(InvalidInput, match=rf"^{what} has \d+ bytes, the limit is {LIMIT}$"):
+    with pytest.raises(InvalidInput, match=rf"^{what} has \d+ bytes, the limit is {LIMIT} \(max_prompt_bytes\)$"):
         tasks(name).parse({**over, **more})

@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers_and_alone(bert):
     assert len(fine) == 1
     assert "it takes 123 of max_seq_len 64" in str(too_long) and "doc_stride 32" in str(too_long)
     assert isinstance(no_room, InvalidInput) and "doc_stride 63" in str(no_room)
-    assert "limit is 8" in str(too_many)
+    assert "limit is 8 (max_texts)" in str(too_many)
     assert len(task.prepare([task.parse(row(question="and " * 10, context="good"))])[0]) == 1
 
 

@@ -74,7 +74,15 @@ def test_bad_rows_fail_alone(ask):
     )  # fmt: skip
     assert good["index"].tolist() == [[0]]
     assert all(isinstance(error, InvalidInput) for error in bad)
-    named = ["texts is missing", "texts is missing", "query is missing", "limit is 8", "texts[1]", "texts[3]", "top_k"]
+    named = [
+        "texts is missing",
+        "texts is missing",
+        "query is missing",
+        "limit is 8 (max_texts)",
+        "texts[1]",
+        "texts[3]",
+        "top_k",
+    ]
     for error, words in zip(bad, named, strict=True):
         assert words in str(error)
 

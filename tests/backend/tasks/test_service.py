@@ -19,6 +19,8 @@ from backend.tasks.service import Service
 from backend.tasks.watch import Watch
 
 FAKES = Path(__file__).parents[2] / "fakes"
+sys.path.insert(0, str(FAKES))
+from processes import ranks  # noqa: E402
 
 
 class Asked:
@@ -101,7 +103,7 @@ def service(make):
 def recovered(service):
     deadline = time.monotonic() + 20
     while not service.healthy:
-        assert time.monotonic() < deadline, service._down
+        assert time.monotonic() < deadline, service.lines[-1]
         time.sleep(0.01)
     return service
 
@@ -146,12 +148,11 @@ def test_rows_that_do_not_go_together_fail_their_request_alone(service):
 
 @pytest.mark.parametrize("how", ["batch", "join", "fewer", "lost"])
 def test_a_fault_of_the_task_fails_its_job_and_leaves_the_ranks_alone(service, how):
-    pids = service.pids
     service.serve([bad := ask(1, 2, 3, 4, 5, how=how)])
     assert isinstance(bad.one(), Exception)
     service.serve([good := ask(6)])
     assert good.doubled() == [[12]]
-    assert service.pids == pids
+    assert service.tally.restarts == 0
     assert len(bad.got) == 1
 
 
@@ -300,7 +301,7 @@ def test_many_open_requests_are_all_asked_in_turn():
 
 
 def test_a_death_while_idle_is_noticed(service):
-    os.kill(service.pids[0], signal.SIGKILL)
+    os.kill(ranks()[0], signal.SIGKILL)
     while service.healthy:
         time.sleep(0.01)
     recovered(service).serve([good := ask(1)])
@@ -312,7 +313,7 @@ def test_ranks_that_cannot_be_started_again_leave_the_model_down(make):
     service.start()
     service.serve([bad := ask(1, how="die")])
     assert isinstance(bad.one(), EngineDown)
-    while "for good" not in service._down:
+    while "for good" not in service.lines[-1]:
         time.sleep(0.01)
     service.serve([late := ask(1)])
     with pytest.raises(EngineDown, match="failed for good"):
@@ -325,9 +326,9 @@ def test_a_job_that_slips_in_when_all_is_lost_is_failed(make, monkeypatch):
     service = make(max_restarts=0)
     service.start()
     service.serve([ask(1, how="die")])
-    while "for good" not in service._down:
+    while "for good" not in service.lines[-1]:
         time.sleep(0.01)
-    monkeypatch.setattr(service, "_reason", lambda: "")  # as if it had looked a moment earlier
+    monkeypatch.setattr(service._life, "check", lambda: None)  # as if it had looked a moment earlier
     service.serve([late := ask(1)])
     assert isinstance(late.one(), EngineDown)
 
@@ -336,10 +337,10 @@ def test_what_slips_in_during_a_restart_is_served_after_it(make, monkeypatch):
     service = make(restart_backoff=0.3)
     service.start()
     service.serve([ask(1, how="die")])
-    while not service._down:
+    while service.healthy:
         time.sleep(0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(service, "_reason", lambda: "")  # as if it had looked a moment earlier
+        patch.setattr(service._life, "check", lambda: None)  # as if it had looked a moment earlier
         service.serve([late := ask(1)])
     assert late.doubled() == [[2]]
 
@@ -358,11 +359,11 @@ def test_close_answers_what_is_open_and_what_comes_later(make, monkeypatch):
     for each in asked:
         with pytest.raises(EngineDown, match="unloaded"):
             raise each.one()
-    monkeypatch.setattr(service, "_reason", lambda: "")
+    monkeypatch.setattr(service._life, "check", lambda: None)
     service.serve([late := ask(1)])
     assert isinstance(late.one(), EngineDown)
     assert {len(each.got) for each in [*asked, late]} == {1}
-    assert service.pids == []
+    assert ranks() == []
 
 
 def test_close_while_loading_ends_the_start(make):
@@ -376,7 +377,7 @@ def test_close_while_loading_ends_the_start(make):
 
 
 def test_close_beside_a_hung_rank_does_not_wait_for_it(make, monkeypatch):
-    monkeypatch.setattr("backend.tasks.service.CLOSING", 0.3)
+    monkeypatch.setattr("backend.ranks.lifecycle.CLOSING", 0.3)
     service = make(tensor_parallel=2)
     service.start()
     service.serve([open_ := ask(1, how="hang")])
@@ -388,7 +389,7 @@ def test_close_beside_a_hung_rank_does_not_wait_for_it(make, monkeypatch):
 def test_the_backoff_of_a_model_that_keeps_failing_stays_a_number(make):
     service = make(restart_backoff=0.0)
     service.start()
-    service._restarts.failures = 5000
+    service._life._restarts.failures = 5000
     service.serve([ask(1, how="die")])
     while service.healthy:
         time.sleep(0.01)

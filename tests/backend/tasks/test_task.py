@@ -12,7 +12,7 @@ def test_texts_are_utf8():
     assert text_of({"text": "東京".encode()}, "text", 6) == "東京"
     with pytest.raises(InvalidInput, match="text is missing"):
         text_of({}, "text", 6)
-    with pytest.raises(InvalidInput, match="text has 7 bytes, the limit is 6"):
+    with pytest.raises(InvalidInput, match=r"text has 7 bytes, the limit is 6 \(max_prompt_bytes\)"):
         text_of({"text": "東京.".encode()}, "text", 6)
     for value in (b"\xff\xfe", 3.5, None, 8):
         with pytest.raises(InvalidInput, match="text is not valid UTF-8"):
@@ -24,8 +24,8 @@ def test_lists_of_texts_have_a_count_and_bytes_together():
     assert texts_of({"labels": b"ab"}, "labels", 2, 3) == ["ab"]
     for value, reason in (
         ([], "labels is missing or empty"),
-        ([b"a"] * 3, "labels has 3 entries, the limit is 2"),
-        ([b"ab", b"cd"], "labels has 4 bytes, the limit is 3"),
+        ([b"a"] * 3, r"labels has 3 entries, the limit is 2 \(max_texts\)"),
+        ([b"ab", b"cd"], r"labels has 4 bytes, the limit is 3 \(max_prompt_bytes\)"),
         ([b"a", b"\xff"], r"labels\[1\] is not valid UTF-8"),
     ):
         with pytest.raises(InvalidInput, match=reason):
