@@ -54,6 +54,15 @@ def free_host_memory() -> int:
         return available
 
 
+def cpu_vendor() -> str:
+    """GenuineIntel, AuthenticAMD ..., as the processor calls itself; empty where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
 def gib(size: int) -> str:
     """Bytes, for people."""
     return f"{size / (1 << 30):.2f} GiB"

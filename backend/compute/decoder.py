@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backend.checkpoint import Checkpoint, dtype_name, resolve
-from backend.compute import blocks, norms, rope_table
+from backend.checkpoint import dtype_name
+from backend.compute import blocks, norms, onednn, rope_table
 from backend.compute.attention import reference
 from backend.compute.attention.families import length_limit
 from backend.compute.attention.step import Step
@@ -32,6 +32,7 @@ from backend.devices import free_host_memory, gib
 from backend.errors import LoadError
 from backend.generation.capacity import Capacity
 from backend.generation.plan import LAST_TOKEN, Ints, Plan, Sampled, Sampling
+from backend.model_folder import Checkpoint, resolve
 from backend.ranks.rank import Birth, Deferred
 
 
@@ -58,6 +59,9 @@ class Decoder:
         self._fused = birth.config.fused_kernels and blocks.pays(self._device)
         if self._fused:
             self._fuse()
+        self._onednn = not self._fused and birth.config.fused_kernels and onednn.pays(self._device, self._dtype)
+        if self._onednn:
+            self._progress(f"{onednn.install(self._model)} linear layers by oneDNN")
         self._sampler = Sampler(self._checkpoint.vocab_size, self._config.max_sequences, self._device)
         slots = self._config.max_sequences + 1  # one for padding
         self._last = torch.zeros(slots, dtype=torch.int64, device=self._device)
@@ -123,10 +127,10 @@ class Decoder:
     def prove(self) -> float:
         """How far its logits are from those of plain torch on the same weights; LoadError where that is too far.
 
-        A prompt of some tokens and one more token; on CPU plain torch is what serves.
+        A prompt of some tokens and one more token.
         """
-        if not self._fused and not self._graphs:
-            return 0.0
+        if not self._fused and not self._graphs and not self._onednn:
+            return 0.0  # plain torch is what serves
         with plain_modules(self._model):
             plain = self._proof(reference, graphs=False)
         ways = {"fused_kernels": self._proof(None, graphs=False)}

@@ -72,3 +72,12 @@ def test_what_was_set_stays():
 
 def test_host_memory_is_positive():
     assert 0 < devices.free_host_memory() < 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("lines", "vendor"),
+    [("processor : 0\nvendor_id\t: AuthenticAMD\nmodel : 2\n", "AuthenticAMD"), ("CPU part : 1\n", "")],
+)
+def test_the_processors_vendor(monkeypatch, lines, vendor):
+    monkeypatch.setattr(devices.Path, "read_text", lambda path: lines)
+    assert devices.cpu_vendor() == vendor

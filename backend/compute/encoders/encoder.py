@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from backend.checkpoint import Checkpoint, resolve
+from backend.compute import onednn
 from backend.compute.decoder import dtype_of
 from backend.compute.encoders.attention import packable
 from backend.compute.encoders.buckets import usual
@@ -21,13 +21,14 @@ from backend.compute.encoders.inputs import Inputs
 from backend.compute.encoders.load import load_encoder
 from backend.compute.encoders.packing import Packing
 from backend.compute.offload.offload import Offload
-from backend.compute.proof import PARTS, allow, distance
+from backend.compute.proof import PARTS, allow, distance, plain_modules
 from backend.compute.quantized.scheme import scheme_of
 from backend.compute.room import Room
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.encoders import longest
 from backend.errors import ServingError
+from backend.model_folder import Checkpoint, resolve
 from backend.ranks.rank import Birth, Deferred
 from backend.tasks import find
 from backend.tasks.text import Piece, Ready, Texts
@@ -64,6 +65,9 @@ class Encoder:
         if self._packs(dtype):
             self._pack()
             self._graph(birth.world)
+        self._onednn = not self._packing and config.fused_kernels and onednn.pays(self._device, dtype)
+        if self._onednn:
+            progress(f"{onednn.install(self._model)} linear layers by oneDNN")
 
     def _packs(self, dtype: torch.dtype) -> bool:
         """Not with offload: packing calls the layers' code past the hooks that wait for their weights."""
@@ -73,8 +77,8 @@ class Encoder:
     def _pack(self) -> None:
         """Compute without padding, once a trial has shown that the result stays."""
         trial = self._trial()
-        self._padded, self._packing = self._hidden(trial), Packing(self._model)
-        if reason := self._differs(lambda: self._hidden(trial), self._padded):
+        self._plain, self._packing = self._hidden(trial), Packing(self._model)
+        if reason := self._differs(lambda: self._hidden(trial), self._plain):
             self._packing.remove()
             self._packing = None
         self._progress(
@@ -106,19 +110,25 @@ class Encoder:
         return "" if found < PARTS else f"the result differs by {found:.3g}"
 
     def _prove(self) -> float:
-        """How far a trial's result is from the padded one by now, with every graph there; LoadError where too far."""
-        if not self._packing:
+        """How far a trial's result is from the plain one by now, with every graph there; LoadError where too far."""
+        if not self._packing and not self._onednn:
             return 0.0
-        trial, graphs, self._packing.graphs = self._trial(), self._packing.graphs, None
+        trial, packing = self._trial(), self._packing
+        graphs = packing.graphs if packing else None
+        if packing:
+            packing.graphs = None
+        else:
+            with plain_modules(self._model):
+                self._plain = self._hidden(trial)
         found = self._allowed("fused_kernels", trial)
-        if graphs:
-            self._packing.graphs = graphs
+        if packing and graphs:
+            packing.graphs = graphs
             found = self._allowed("cuda_graphs", trial)
-        self._progress(f"output proof: within {found:.2g} of the largest value of the padded computation's")
+        self._progress(f"output proof: within {found:.2g} of the largest value of the plain computation's")
         return found
 
     def _allowed(self, parameter: str, trial: Texts) -> float:
-        found = distance(self._hidden(trial), self._padded)
+        found = distance(self._hidden(trial), self._plain)
         return allow(parameter, found, PARTS, "the model's output", "its largest value")
 
     def _trial(self, turned: bool = False) -> Texts:

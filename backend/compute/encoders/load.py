@@ -12,7 +12,6 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from backend.checkpoint import Checkpoint
 from backend.compute import fused
 from backend.compute.load import build, fill, own_dtypes, put, restore, tie
 from backend.compute.offload.offload import Offload
@@ -22,6 +21,7 @@ from backend.compute.quantized.replace import replace
 from backend.compute.sharding import allocate, check_split, in_blocks, spans, split
 from backend.compute.weights import Reader, Recipe, recipes
 from backend.encoders import check_task
+from backend.model_folder import Checkpoint
 
 _HEADS = re.compile(r"(^|\.)(cls|lm_head|pooler|classifier|qa_outputs|score|predictions|vocab_\w+|generator_\w+)\.")
 """Heads of other purposes that checkpoints carry along: they may stay unused."""
