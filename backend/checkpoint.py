@@ -9,21 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from backend.config import EngineConfig
-from backend.errors import LoadError
+from backend.errors import LoadError, require
 from backend.families import refusal
 from backend.json_file import values_of
-from backend.model_folder import Checkpoint, resolve, root
-
-__all__ = [
-    "SHARDABLE",
-    "Checkpoint",
-    "Geometry",
-    "check_family",
-    "dtype_name",
-    "resolve",
-    "root",
-    "share_heads",
-]
+from backend.model_folder import Checkpoint
 
 SHARDABLE = frozenset(
     """
@@ -51,9 +40,9 @@ _NO_INTERFACE = {
 def check_family(checkpoint: Checkpoint, tensor_parallel: int) -> None:
     """LoadError unless this kind of model can be served on so many ranks with the right result."""
     family = checkpoint.model_type
-    _check(bool(family), f"{checkpoint.folder / 'config.json'} has no model_type")
+    require(bool(family), f"{checkpoint.folder / 'config.json'} has no model_type")
     named = checkpoint.architectures
-    _check(
+    require(
         not named or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named),
         f"{family}: {', '.join(named)} is not a causal language model",
     )
@@ -82,7 +71,7 @@ class Geometry:
         queries, keys = (_rows(checkpoint, f"{part}_proj.weight") for part in "qk")
         hidden = _number(config, "hidden_size", "n_embd", "d_model")
         head_dim = queries // heads if queries else int(config.get("head_dim") or hidden // heads)
-        _check(head_dim > 0, "config.json gives its attention heads no width (head_dim, or hidden_size)")
+        require(head_dim > 0, "config.json gives its attention heads no width (head_dim, or hidden_size)")
         kv_heads = keys // head_dim if keys else int(config.get("num_key_value_heads") or heads)
         return cls(layers, heads, kv_heads, head_dim)
 
@@ -120,8 +109,3 @@ def dtype_name(config: EngineConfig, checkpoint: Checkpoint, device: str) -> str
     if config.dtype != "auto":
         return config.dtype
     return checkpoint.dtype if device == "cuda" else "float32"
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise LoadError(message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from backend.errors import LoadError
 from backend.json_file import optional, values_of
-from backend.model_folder import Checkpoint
+from backend.model_folder import Checkpoint, longest_text
 
 SHARDABLE_ENCODERS = frozenset("bert roberta xlm-roberta distilbert electra deberta-v2 camembert".split())  # noqa: SIM905
 """Families whose output under AutoTP equals the whole model's: tests/backend/compute/test_encoder.py shows each."""
@@ -36,15 +36,10 @@ def check_task(checkpoint: Checkpoint, tensor_parallel: int) -> None:
 def longest(checkpoint: Checkpoint, asked: int) -> int:
     """Tokens of the longest sequence: the model's positions, the tokenizer's limit, or fewer where asked.
 
-    LoadError where nothing says so, or more is asked than the model has.
+    LoadError as `longest_text` raises it.
     """
     positions = checkpoint.max_model_len
     if checkpoint.model_type in _OFFSET and positions:
         positions -= int(checkpoint.config.get("pad_token_id", 1)) + 1
     stated = optional(checkpoint.folder / "tokenizer_config.json").get("model_max_length")
-    limits = [limit for limit in (positions, stated) if isinstance(limit, int) and 0 < limit < 1 << 30]
-    if asked and positions and asked > positions:
-        raise LoadError(f"max_model_len {asked} is more than the model's {positions} positions")
-    if not asked and not limits:
-        raise LoadError("config.json names no maximum length: set max_model_len")
-    return asked or min(limits)
+    return longest_text(asked, positions, stated if isinstance(stated, int) else 0)

@@ -58,6 +58,12 @@ class LoadError(ServingError):
     code = "UNAVAILABLE"
 
 
+def require(holds: bool, message: str) -> None:
+    """LoadError with this message unless it holds."""
+    if not holds:
+        raise LoadError(message)
+
+
 def serving(error: BaseException) -> ServingError:
     """Any failure as one that has a status: what is not ours is named by its class, in one line."""
     if isinstance(error, ServingError):

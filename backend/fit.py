@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from backend import held
-from backend.checkpoint import Checkpoint, Geometry, check_family, dtype_name, share_heads
+from backend.checkpoint import Geometry, check_family, dtype_name, share_heads
 from backend.config import EngineConfig
 from backend.devices import KV_CACHE_FRACTION, MICRO_BATCH_TOKENS, gib, resolved
 from backend.devices import free_gpu_memory as _gpu_memory
 from backend.devices import free_host_memory as _host_memory
-from backend.errors import LoadError
+from backend.errors import LoadError, require
 from backend.json_file import values_of
-from backend.model_folder import Tensor, resolve, root, stored
-from backend.quantized_folder import check_asked, kind_of
+from backend.model_folder import Checkpoint, Tensor, longest_text, resolve, root, stored
+from backend.quantized_form import check_asked, kind_of
 from backend.tasks.pipeline_folder import PipelineFolder
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -131,14 +131,14 @@ def _of_generate(config: EngineConfig, checkpoint: Checkpoint) -> Fit:
     kept = 1 if config.kv_cache_dtype == "fp8" else item
     kv_token = 2 * geometry.layers * heads[0] * geometry.head_dim * kept
     kv_tokens = _kv_tokens(config, device, free - weights - step - graphs - _LIBRARIES[device], kv_token)
-    length = _length(config, checkpoint, kv_tokens)
+    length = min(longest_text(config.max_model_len, checkpoint.max_model_len), kv_tokens)
     fit = Fit(
         checkpoint.model_type, device, dtype, len(heads), free, weights, step, graphs,
         config.quantization or kind_of(checkpoint), heads, kv_token, min(kv_tokens, config.max_sequences * length),
         length, moved,
     )  # fmt: skip
     _check_memory(fit, config.num_blocks * config.block_size or config.block_size)
-    _check(
+    require(
         kv_tokens >= max(config.max_model_len, config.block_size),
         f"the KV cache would hold {kv_tokens} tokens, max_model_len is {config.max_model_len}: lower it, or raise"
         " kv_cache_fraction",
@@ -182,7 +182,7 @@ def _weights(
     if device == "cpu":
         return weights + moved, moved
     free = _host_memory() // config.tensor_parallel
-    _check(moved <= free, f"offload cpu needs {gib(moved)} of host memory a rank and {gib(free)} is free")
+    require(moved <= free, f"offload cpu needs {gib(moved)} of host memory a rank and {gib(free)} is free")
     return weights, moved
 
 
@@ -239,24 +239,12 @@ def _kv_tokens(config: EngineConfig, device: str, free: int, kv_token: int) -> i
     return max(0, int(free * share / kv_token)) // config.block_size * config.block_size
 
 
-def _length(config: EngineConfig, checkpoint: Checkpoint, kv_tokens: int) -> int:
-    limit, asked = checkpoint.max_model_len, config.max_model_len
-    _check(bool(limit or asked), "config.json names no maximum length: set max_model_len")
-    _check(not limit or asked <= limit, f"max_model_len {asked} is more than the model's {limit} positions")
-    return asked or min(limit, kv_tokens)
-
-
 def _check_memory(fit: Fit, least: int) -> None:
     """`least`: tokens that the KV cache must hold."""
     needed = fit.needed + least * fit.kv_token
     smaller = "use more ranks, a smaller dtype or quantization" + (" or fewer num_blocks" if fit.kv_token else "")
-    _check(
+    require(
         needed <= fit.free,
         f"{fit.model_type} in {fit.dtype} needs {gib(needed)} a rank ({gib(fit.weights)} of it weights) and"
         f" {gib(fit.free)} is free: {smaller}",
     )
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise LoadError(message)

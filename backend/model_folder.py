@@ -14,10 +14,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from backend.errors import LoadError
+from backend.errors import LoadError, require
 from backend.families import original, rope_limit, rope_type, ropes
 from backend.json_file import required, values_of
-from backend.quantized_folder import Form, layers
+from backend.quantized_folder import layers
+from backend.quantized_form import Form
 
 MODEL_ROOT = "TRITONSPEED_MODEL_ROOT"
 """Environment variable: the folder that every model must lie in."""
@@ -32,6 +33,9 @@ _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _LENGTHS = ["max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx"]
+
+_ENDLESS = 1 << 30
+"""Tokens; tokenizers without a limit state 1e30."""
 
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -125,11 +129,6 @@ class Checkpoint:
     def files(self) -> list[Path]:
         return sorted({tensor.file for tensor in self.tensors.values()})
 
-    @cached_property
-    def parameter_bytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return sum(tensor.bytes for tensor in self.tensors.values())
-
     @property
     def text_config(self) -> dict[str, Any]:
         """The language model's part of config.json: a multimodal model nests it."""
@@ -168,6 +167,19 @@ class Checkpoint:
             if rope_type(rope) == "yarn":
                 length = max(length, int((original(rope, config) or length) * float(rope.get("factor") or 1)))
         return min(length, rope_limit(config) or length)
+
+
+def longest_text(asked: int, positions: int, stated: int = 0) -> int:
+    """Tokens of the longest text: as asked, else the lesser of the model's positions and what else is stated.
+
+    0 is: not said, and so is what no text could reach. LoadError where more is asked than there are positions, or
+    nothing is said.
+    """
+    fits = not (asked and positions) or asked <= positions
+    require(fits, f"max_model_len {asked} is more than the model's {positions} positions")
+    limits = [limit for limit in (positions, stated) if 0 < limit < _ENDLESS]
+    require(bool(asked or limits), "config.json names no maximum length: set max_model_len")
+    return asked or min(limits)
 
 
 @values_of("config.json")

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are quantized already: which forms are served, and their tensors as the layers they make.
+"""Checkpoints whose weights are quantized already: their tensors as the layers they make.
 
 It knows neither torch nor what the codes mean: compute/quantized/checkpoints reads them. A layer counts as quantized by
 the tensors that are there, so modules that a checkpoint leaves as they are (`ignore`, `modules_to_not_convert`) need no
@@ -7,190 +7,57 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from backend.errors import LoadError
+from backend.quantized_form import Form, check, form_of
 
 if TYPE_CHECKING:
-    from backend.config import EngineConfig
-    from backend.model_folder import Checkpoint, Tensor
+    from backend.model_folder import Tensor
 
-KEYS = ("quantization_config", "compression_config")
-"""Of config.json; the second is compressed-tensors' older name."""
 SCALES = ("F16", "BF16", "F32")
-SCATTERED = (
-    "quantization_config: desc_act with groups cannot be split over ranks: a group's columns are scattered over all of"
-    " them; use tensor_parallel 1"
-)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a checkpoint's quantized layers are stored."""
-
-    layout: str
-    """A key of ROLES."""
-    kind: str
-    """int4, int8 or fp8, as EngineConfig.quantization."""
-    group: int = 0
-    """Columns of a row that share a scale; 0: all of them."""
-    symmetric: bool = True
-    rows: int = 1
-    """Rows that share a scale; 0: all of them."""
-    ordered: bool = False
-    """Whether the columns of a group may be any: the order is then stored too."""
-
-    @property
-    def bits(self) -> int:
-        return 4 if self.kind == "int4" else 8
-
-    def bytes(self, shape: tuple[int, ...]) -> float:
-        """Of a weight of that shape as compute/quantized keeps it: codes, and float32 scales and offsets by row."""
-        outputs, width = shape
-        groups = width // (self.group or max(width, 1))
-        return outputs * (width * self.bits / 8 + groups * (4 if self.symmetric else 8)) + 8 * width * self.ordered
-
-
-ROLES: dict[str, tuple[str, ...]] = {
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-    "gptq_v2": ("qweight", "qzeros", "scales", "g_idx"),
-    "awq": ("qweight", "qzeros", "scales"),
-    "packed": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
-    "plain": ("weight", "weight_scale", "weight_zero_point"),
-    "blocks": ("weight", "weight_scale_inv"),
-}
-"""Layout -> endings of a layer's tensors: the first holds its codes, the last ones may be missing."""
-MARK = {"plain": "weight_scale", "blocks": "weight_scale_inv"}
-"""The tensor that only quantized layers have, where it is not the first."""
+BYTES = {"int8": "I8", "fp8": "F8_E4M3"}
+"""Types of codes that are not packed into int32."""
 UNREAD = ("input_scale", "input_zero_point", "activation_scale")
 """Endings of what only rounded activations need."""
 
 
-def form_of(config: Mapping[str, Any]) -> Form | None:
-    """Of config.json; None where it is not quantized. LoadError names what of it is not served."""
-    key = next((key for key in KEYS if config.get(key) is not None), None)
-    if key is None:
-        return None
-    given = config[key]
-    method = given.get("quant_method") if isinstance(given, dict) else None
-    if not isinstance(method, str) or method not in METHODS:
-        raise LoadError(f"{key}: quant_method {method!r} is not served; known: {', '.join(METHODS)}")
-    return METHODS[method](given)
+@dataclass(frozen=True)
+class Layout:
+    """A quantized layer's tensors by their endings, and how its codes lie."""
+
+    codes: str
+    scales: str
+    zeros: str = ""
+    groups: str = ""
+    """Which group each column is in."""
+    shape: str = ""
+    """The full weight's."""
+    transposed: bool = False
+    """Whether columns come before rows; zero points are then always there."""
+    packed: int | None = None
+    """The dimension along which codes share an int32; None: each has a byte."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.codes, self.scales, self.zeros, self.groups, self.shape)))
+
+    @property
+    def mark(self) -> str:
+        """The tensor that only quantized layers have."""
+        return self.scales if self.codes == "weight" else self.codes
 
 
-def _gptq(given: dict[str, Any]) -> Form:
-    bits, group = _one(given, "gptq", "bits", (4, 8)), _group(given, "gptq")
-    layout = given.get("checkpoint_format") or given.get("format") or "gptq"
-    _check(layout in ("gptq", "gptq_v2"), f"gptq: format {layout!r} is not served; gptq and gptq_v2 are")
-    _check(not given.get("is_marlin_format"), "gptq: is_marlin_format is not served")
-    changed = [name for name in given.get("dynamic") or () if not str(name).startswith("-:")]
-    _check(not changed, f"gptq: dynamic {changed[:1]} gives layers forms of their own, which is not served")
-    ordered = bool(given.get("desc_act") and group and not given.get("static_groups"))
-    return Form(layout, f"int{bits}", group, bool(given.get("sym", True)), ordered=ordered)
-
-
-def _awq(given: dict[str, Any]) -> Form:
-    _one({"bits": 4} | given, "awq", "bits", (4,))
-    version = str(given.get("version") or given.get("format") or "gemm").lower()
-    _check(version == "gemm", f"awq: version {version!r} is not served; gemm is")
-    _check(given.get("backend") != "llm-awq", "awq: backend 'llm-awq' stores weights in another order")
-    _check(given.get("zero_point", True) is True, "awq: zero_point false is not served")
-    return Form("awq", "int4", _group(given, "awq"), symmetric=False)
-
-
-def _fp8(given: dict[str, Any]) -> Form:
-    block = given.get("weight_block_size", [128, 128])
-    for name, usual in (("scale_fmt", "float"), ("expert_dtype", "fp8"), ("fmt", "e4m3")):
-        _one({name: usual} | given, "fp8", name, (usual,))
-    _check(not given.get("modules_to_convert"), "fp8: modules_to_convert is not served")
-    if block is None:
-        return Form("blocks", "fp8", rows=0)
-    rows, columns = _block(block, "fp8: weight_block_size")
-    return Form("blocks", "fp8", columns, rows=rows)
-
-
-def _compressed(given: dict[str, Any]) -> Form:
-    name = "compressed-tensors"
-    for key in ("kv_cache_scheme", "transform_config"):
-        _check(not given.get(key), f"{name}: {key} is not served")
-    sparsity = given.get("sparsity_config") or {}
-    _check(sparsity.get("format", "dense") == "dense", f"{name}: sparsity_config is not served")
-    groups = given.get("config_groups")
-    _check(isinstance(groups, dict) and bool(groups), f"{name}: config_groups is missing")
-    forms = {_scheme(group if isinstance(group, dict) else {}, given) for group in groups.values()}  # type: ignore[union-attr]
-    _check(len(forms) == 1, f"{name}: config_groups of several forms are not served")
-    return forms.pop()
-
-
-def _scheme(group: dict[str, Any], given: dict[str, Any]) -> Form:
-    name, weights = "compressed-tensors", group.get("weights")
-    layout = group.get("format") or given.get("format")
-    _check(isinstance(weights, dict), f"{name}: config_groups without weights are not served")
-    _check(layout in LAYOUTS, f"{name}: format {layout!r} is not served; known: {', '.join(LAYOUTS)}")
-    _check(not group.get("output_activations"), f"{name}: output_activations are not served")
-    assert isinstance(weights, dict)
-    _one({"actorder": None} | weights, name, "actorder", (None, False, "weight", "static", "dynamic"))
-    bits, number = weights.get("num_bits", 8), weights.get("type", "int")
-    kind = "fp8" if number == "float" else f"int{bits}"
-    _check(kind in LAYOUTS[layout], f"{name}: {layout} of {bits} bits ({number}) is not served")  # type: ignore[index]
-    _check(kind != "fp8" or bits == 8, f"{name}: floats of {bits} bits are not served")
-    symmetric = bool(weights.get("symmetric", True))
-    _check(symmetric or kind != "fp8", f"{name}: floats with a zero point are not served")
-    columns, rows = _shares(weights)
-    return Form(LAYOUTS[layout][0], kind, columns, symmetric, rows)  # type: ignore[index]
-
-
-def _shares(weights: dict[str, Any]) -> tuple[int, int]:
-    """Columns and rows that share a scale, by the strategy."""
-    size = weights.get("group_size")
-    strategy = weights.get("strategy") or ("group" if isinstance(size, int) and size > 0 else "tensor")
-    if strategy == "block":
-        rows, columns = _block(weights.get("block_structure"), "compressed-tensors: block_structure")
-        return columns, rows
-    if strategy == "group":
-        return _group(weights, "compressed-tensors"), 1
-    _check(strategy in ("channel", "tensor"), f"compressed-tensors: strategy {strategy!r} is not served")
-    return 0, 1 if strategy == "channel" else 0
-
-
+_GPTQ = Layout("qweight", "scales", "qzeros", "g_idx", transposed=True, packed=0)
 LAYOUTS = {
-    "pack-quantized": ("packed", "int4", "int8"),
-    "int-quantized": ("plain", "int8"),
-    "float-quantized": ("plain", "fp8"),
-    "naive-quantized": ("plain", "int8", "fp8"),
+    "gptq": _GPTQ,
+    "gptq_v2": _GPTQ,
+    "awq": Layout("qweight", "scales", "qzeros", transposed=True, packed=1),
+    "packed": Layout("weight_packed", "weight_scale", "weight_zero_point", shape="weight_shape", packed=1),
+    "plain": Layout("weight", "weight_scale", "weight_zero_point"),
+    "blocks": Layout("weight", "weight_scale_inv"),
 }
-"""compressed-tensors' format -> the layout, and the kinds in it."""
-METHODS: dict[str, Callable[[dict[str, Any]], Form]] = {
-    "gptq": _gptq,
-    "awq": _awq,
-    "compressed-tensors": _compressed,
-    "fp8": _fp8,
-}
-
-
-def _one(given: Mapping[str, Any], method: str, name: str, served: tuple[Any, ...]) -> Any:
-    value = given.get(name)
-    known = ", ".join(str(each) for each in served if each)
-    _check(
-        any(value is each or value == each for each in served),
-        f"{method}: {name} {value!r} is not served; served: {known}",
-    )
-    return value
-
-
-def _group(given: Mapping[str, Any], method: str) -> int:
-    size = given.get("group_size", 128)
-    whole = isinstance(size, int) and (size == -1 or (size > 0 and size % 8 == 0))
-    _check(whole, f"{method}: group_size {size!r} is not served; -1 and multiples of 8 are")
-    return max(int(size), 0)
-
-
-def _block(block: Any, name: str) -> tuple[int, int]:
-    good = isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(x, int) and x > 0 for x in block)
-    _check(good, f"{name} {block!r} is not served; two numbers are")
-    return int(block[0]), int(block[1])
 
 
 def layers(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -201,9 +68,9 @@ def layers(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, T
     form = form_of(config)
     if form is None:
         return tensors
-    mark = "." + MARK.get(form.layout, ROLES[form.layout][0])
+    mark = "." + LAYOUTS[form.layout].mark
     owners = [name.removesuffix(mark) for name in tensors if name.endswith(mark)]
-    _check(bool(owners), f"{form.layout}: the checkpoint holds no quantized layer (no tensor ends in {mark})")
+    check(bool(owners), f"{form.layout}: the checkpoint holds no quantized layer (no tensor ends in {mark})")
     made = {f"{owner}.weight": _layer(owner, form, tensors) for owner in owners}
     taken = {part.name for layer in made.values() for part in layer.parts}
     unread = {f"{owner}.{ending}" for owner in owners for ending in UNREAD}
@@ -211,65 +78,52 @@ def layers(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, T
 
 
 def _layer(owner: str, form: Form, tensors: dict[str, Tensor]) -> Tensor:
-    found = {role: tensors.get(f"{owner}.{role}") for role in ROLES[form.layout]}
-    parts = {role: part for role, part in found.items() if part is not None}
-    codes = parts.get(ROLES[form.layout][0])
-    if codes is None or len(codes.shape) != 2:
-        raise LoadError(f"{owner}: {ROLES[form.layout][0]} is missing, or no matrix")
-    per = 32 // form.bits
-    by_layout = {"gptq": (1, 0, 1, per), "gptq_v2": (1, 0, 1, per), "awq": (1, 0, per, 1), "packed": (0, 1, 1, per)}
-    rows, columns, more_rows, more_columns = by_layout.get(form.layout, (0, 1, 1, 1))
-    shape = (codes.shape[rows] * more_rows, codes.shape[columns] * more_columns)
-    _check_parts(owner, form, shape, {role: part.shape for role, part in parts.items()})
-    scale = next(part for role, part in parts.items() if "scale" in role)
-    _check(scale.dtype in SCALES, f"{owner}: scales of type {scale.dtype} are not served")
-    _check(codes.dtype == STORED.get(form.layout, {}).get(form.kind, "I32"), f"{owner}: codes are {codes.dtype}")
+    layout = LAYOUTS[form.layout]
+    parts = {role: tensors[name] for role in layout.roles if (name := f"{owner}.{role}") in tensors}
+    _check_there(owner, form, parts)
+    codes, scales = parts[layout.codes], parts[layout.scales]
+    kind = BYTES[form.kind] if layout.packed is None else "I32"
+    check(codes.dtype == kind, f"{owner}: codes are {codes.dtype}, not {kind}")
+    check(scales.dtype in SCALES, f"{owner}: scales of type {scales.dtype} are not served")
+    shape = _full_shape(form, codes.shape)
+    _check_shapes(owner, form, shape, parts)
     return replace(
-        codes, name=f"{owner}.weight", dtype=scale.dtype, shape=shape, form=form, parts=tuple(parts.values())
+        codes, name=f"{owner}.weight", dtype=scales.dtype, shape=shape, form=form, parts=tuple(parts.values())
     )
 
 
-STORED = {"plain": {"int8": "I8", "fp8": "F8_E4M3"}, "blocks": {"fp8": "F8_E4M3"}}
-"""Types of codes, where they are not packed into int32."""
+def _check_there(owner: str, form: Form, parts: Mapping[str, Tensor]) -> None:
+    layout = LAYOUTS[form.layout]
+    codes = parts.get(layout.codes)
+    check(codes is not None and len(codes.shape) == 2, f"{owner}: {layout.codes} is missing, or no matrix")
+    check(layout.scales in parts, f"{owner}: {layout.scales} is missing")
+    needed = layout.transposed or not form.symmetric
+    check(layout.zeros in parts or not needed, f"{owner}: {layout.zeros} is missing")
 
 
-def _check_parts(owner: str, form: Form, shape: tuple[int, int], given: dict[str, tuple[int, ...]]) -> None:
-    outputs, width = shape
+def _full_shape(form: Form, codes: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of the weight."""
+    layout, sides = LAYOUTS[form.layout], list(codes)
+    if layout.packed is not None:
+        sides[layout.packed] *= 32 // form.bits
+    rows, columns = reversed(sides) if layout.transposed else sides
+    return rows, columns
+
+
+def _check_shapes(owner: str, form: Form, shape: tuple[int, int], parts: Mapping[str, Tensor]) -> None:
+    layout, (outputs, width) = LAYOUTS[form.layout], shape
     group = form.group or width
-    _check(bool(width) and width % group == 0, f"{owner}: groups of {group} columns do not divide {width} (group_size)")
-    groups, rows = width // group, -(-outputs // (form.rows or max(outputs, 1)))
-    packed = -(-outputs * form.bits // 32)
-    if form.layout in ("gptq", "gptq_v2", "awq"):
-        want = {"qzeros": (groups, packed), "scales": (groups, outputs), "g_idx": (width,)}
-        _check("qzeros" in given, f"{owner}: qzeros are missing")
-    else:
-        zeros = (packed, groups) if form.layout == "packed" else (rows, groups)
-        want = {"weight_scale": (rows, groups), "weight_scale_inv": (rows, groups), "weight_zero_point": zeros}
-        _check(form.symmetric or "weight_zero_point" in given, f"{owner}: weight_zero_point is missing")
-    _check(any("scale" in role for role in given), f"{owner}: scales are missing")
-    for role, expected in want.items():
-        found = given.get(role, expected)
-        if found != expected and not (groups == 1 and found in ((rows,), () if rows == 1 else (rows,))):
-            raise LoadError(f"{owner}.{role} is {list(found)}, not {list(expected)}, as quantization_config has it")
+    check(bool(width) and width % group == 0, f"{owner}: groups of {group} columns do not divide {width} (group_size)")
+    scales = (-(-outputs // (form.rows or max(outputs, 1))), width // group)
+    zeros = scales if layout.packed is None else (-(-outputs * form.bits // 32), width // group)
+    turn = -1 if layout.transposed else 1
+    for role, want in ((layout.scales, scales[::turn]), (layout.zeros, zeros[::turn]), (layout.groups, (width,))):
+        found = parts[role].shape if role in parts else want
+        brief = want == scales and found in _briefer(scales)
+        stated = f"{list(found)}, not {list(want)}"
+        check(found == want or brief, f"{owner}.{role} is {stated}, as quantization_config has it")
 
 
-def kind_of(checkpoint: Checkpoint) -> str:
-    """Of its quantized layers: int4, int8 or fp8; empty: it has none."""
-    form = form_of(checkpoint.config)
-    return form.kind if form else ""
-
-
-def check_asked(checkpoint: Checkpoint, config: EngineConfig) -> None:
-    """LoadError where weights that are quantized already cannot be served as the configuration wants."""
-    form = form_of(checkpoint.config)
-    if form and config.quantization:
-        raise LoadError(
-            f"quantization {config.quantization}: the checkpoint is quantized already ({form.kind}); leave it out"
-        )
-    if form and form.ordered and config.tensor_parallel > 1:
-        raise LoadError(SCATTERED)
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise LoadError(f"quantization_config: {message}")
+def _briefer(shape: tuple[int, int]) -> list[tuple[int, ...]]:
+    """The same without its last ones, as scales of whole rows and of whole tensors are also stored."""
+    return [shape[:at] for at in (0, 1) if set(shape[at:]) == {1}]

@@ -1,21 +1,15 @@
 """The import arrows of ARCHITECTURE.md, read from the source and, for what is heavy, from a fresh interpreter."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FREE = {"backend.errors", "backend.config", "backend.devices", "backend.families"}
-FREE |= {
-    "backend.checkpoint",
-    "backend.model_folder",
-    "backend.quantized_folder",
-    "backend.encoders",
-    "backend.json_file",
-    "backend.held",
-}
+_SENTENCE = re.search(r"`errors`[^.;]* may be imported by all", (ROOT / "ARCHITECTURE.md").read_text())
+FREE = {f"backend.{name}" for name in re.findall(r"`(\w+)`", _SENTENCE[0])}
 """What everything in backend may import."""
 
 
@@ -88,6 +82,12 @@ def test_compute_knows_plans_and_ranks_but_not_the_engine():
         for file, modules in found.items()
     }
     assert {file: modules for file, modules in wrong.items() if modules} == {}
+
+
+def test_what_all_may_import_knows_nothing_else_of_ours():
+    for module in FREE:
+        own = {found for found in imports(ROOT / f"{module.replace('.', '/')}.py") if within(found, "backend")}
+        assert {found for found in own - {"backend"} if not within(found, *FREE)} == set(), module
 
 
 def test_tasks_import_neither_torch_nor_transformers_nor_compute():

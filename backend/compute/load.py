@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
-from backend.checkpoint import Checkpoint, check_family, resolve, root, share_heads
+from backend.checkpoint import check_family, share_heads
 from backend.compute import fused
 from backend.compute.attention.families import freeze_rope, unsupported
 from backend.compute.attention.paged import NAME, register
@@ -29,6 +29,7 @@ from backend.compute.tensor_parallel import VocabParallelHead
 from backend.compute.weights import WHOLE, Reader, Recipe, Span, recipes
 from backend.config import EngineConfig
 from backend.errors import LoadError
+from backend.model_folder import Checkpoint, resolve, root
 
 Progress = Callable[[float], None]
 

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from backend.checkpoint import Checkpoint
 from backend.compute.quantized.checkpoints.read import read
 from backend.compute.quantized.packed import Packed
 from backend.errors import LoadError
+from backend.model_folder import Checkpoint
 
 Cut = Callable[[torch.Tensor], torch.Tensor]
 

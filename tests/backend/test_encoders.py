@@ -65,3 +65,5 @@ def test_asked_lengths(tmp_path):
     with pytest.raises(LoadError, match="set max_model_len"):
         longest(checkpoint(tmp_path), 0)
     assert longest(checkpoint(tmp_path), 64) == 64
+    with pytest.raises(LoadError, match="set max_model_len"):
+        longest(checkpoint(tmp_path, max_position_embeddings=1 << 30), 0)  # as good as none

@@ -1,4 +1,4 @@
-"""Which forms of checkpoints that are quantized already are served, and the layers that their tensors make."""
+"""Layers of checkpoints that are quantized already, made of their tensors."""
 
 from __future__ import annotations
 
@@ -14,80 +14,15 @@ from safetensors.numpy import save_file
 from backend.config import EngineConfig
 from backend.errors import LoadError
 from backend.model_folder import Tensor
-from backend.quantized_folder import Form, form_of, layers
+from backend.quantized_folder import layers
+from backend.quantized_form import form_of
 from backend.tasks import find
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 
-from quantized_folders import CHANNEL, CONFIGS, FLOAT, INT, compressed
+from quantized_folders import CONFIGS
 
-FORMS = {
-    "gptq 4": Form("gptq", "int4", 32, symmetric=False),
-    "gptq 4 symmetric": Form("gptq", "int4", 32),
-    "gptq 8 whole rows": Form("gptq", "int8", 0, symmetric=False),
-    "gptq scattered": Form("gptq", "int4", 32, symmetric=False, ordered=True),
-    "gptq v2": Form("gptq_v2", "int4", 32, symmetric=False),
-    "awq": Form("awq", "int4", 32, symmetric=False),
-    "packed int4": Form("packed", "int4", 32),
-    "packed int4 asymmetric": Form("packed", "int4", 32, symmetric=False),
-    "packed int8": Form("packed", "int8"),
-    "int8": Form("plain", "int8"),
-    "int8 asymmetric": Form("plain", "int8", symmetric=False),
-    "fp8": Form("plain", "fp8"),
-    "fp8 tensor": Form("plain", "fp8", rows=0),
-    "fp8 blocks": Form("blocks", "fp8", 32, rows=48),
-}
-TWO = compressed("pack-quantized", INT)
-TWO["config_groups"]["group_1"] = {"weights": CHANNEL}
-GPTQ, AWQ, FP8 = CONFIGS["gptq 4"], CONFIGS["awq"], CONFIGS["fp8 blocks"]
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_served_forms(name: str) -> None:
-    assert form_of({"quantization_config": CONFIGS[name]}) == FORMS[name]
-    assert form_of({"compression_config": CONFIGS[name]}) == FORMS[name]
-
-
-def test_others_are_as_they_are() -> None:
-    assert form_of({"quantization_config": None}) is None
-    tensors = {"a.weight": Tensor("a.weight", "F32", (2, 2), Path())}
-    assert layers({}, tensors) == tensors
-
-
-REFUSED: list[tuple[Any, str]] = [
-    ({}, "quant_method None is not served; known: gptq, awq, compressed-tensors, fp8"),
-    ("gptq", "quant_method None"),
-    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
-    (GPTQ | {"bits": 3}, "gptq: bits 3 is not served; served: 4, 8"),
-    (GPTQ | {"group_size": 12}, "gptq: group_size 12"),
-    (GPTQ | {"group_size": None}, "gptq: group_size None"),
-    (GPTQ | {"checkpoint_format": "marlin"}, "gptq: format 'marlin'"),
-    (GPTQ | {"is_marlin_format": True}, "is_marlin_format"),
-    (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "gptq: dynamic"),
-    (AWQ | {"bits": 8}, "awq: bits 8"),
-    (AWQ | {"version": "GEMV"}, "awq: version 'gemv'"),
-    (AWQ | {"zero_point": False}, "awq: zero_point false"),
-    (FP8 | {"scale_fmt": "ue8m0"}, "fp8: scale_fmt 'ue8m0'"),
-    (FP8 | {"weight_block_size": [128]}, r"fp8: weight_block_size \[128\]"),
-    (FP8 | {"modules_to_convert": ["embed"]}, "fp8: modules_to_convert"),
-    (compressed("dense", INT), "format 'dense'"),
-    (compressed("nvfp4-pack-quantized", INT), "format 'nvfp4-pack-quantized'"),
-    (compressed("pack-quantized", INT | {"num_bits": 3}), "pack-quantized of 3 bits"),
-    (compressed("pack-quantized", INT | {"actorder": "group"}), "actorder 'group'"),
-    (compressed("int-quantized", CHANNEL | {"strategy": "token"}), "strategy 'token'"),
-    (compressed("float-quantized", FLOAT | {"num_bits": 4}), "floats of 4 bits"),
-    (compressed("float-quantized", FLOAT | {"strategy": "block"}), "block_structure None"),
-    (compressed("pack-quantized", INT) | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme"),
-    (compressed("pack-quantized", INT) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
-    (compressed("pack-quantized", INT) | {"config_groups": {}}, "config_groups is missing"),
-    (TWO, "config_groups of several forms"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("config", "words"), REFUSED)
-def test_what_is_not_served_is_named(config: Any, words: str) -> None:
-    with pytest.raises(LoadError, match=f"quantization_config: .*{words}"):
-        form_of({"quantization_config": config})
+GPTQ, AWQ = CONFIGS["gptq 4"], CONFIGS["awq"]
 
 
 def tensors(*given: tuple[str, str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -104,7 +39,7 @@ def test_a_layer_is_one_weight() -> None:
     found = layers({"quantization_config": GPTQ}, PARTS)
     assert set(found) == {"norm.weight", "a.weight", "a.bias"}
     weight = found["a.weight"]
-    assert (weight.shape, weight.dtype, weight.form) == ((96, 64), "F16", FORMS["gptq 4"])
+    assert (weight.shape, weight.dtype, weight.form) == ((96, 64), "F16", form_of({"quantization_config": GPTQ}))
     assert weight.bytes == 8 * 96 * 4 + 2 * 12 * 4 + 2 * 96 * 2 + 64 * 4
 
 
@@ -123,6 +58,34 @@ def test_a_layer_is_one_weight() -> None:
 def test_layers_whose_tensors_do_not_fit_together(changes: list[Any], words: str) -> None:
     with pytest.raises(LoadError, match=f"quantization_config: {words}|{words}"):
         layers({"quantization_config": GPTQ}, PARTS | tensors(*changes))
+
+
+def test_tensors_of_a_checkpoint_that_is_not_quantized_stay_as_they_are() -> None:
+    assert layers({}, PARTS) == PARTS
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "served"),
+    [
+        ("fp8", (), False),
+        ("fp8", (96,), True),
+        ("fp8", (96, 1), True),
+        ("fp8", (1, 96), False),
+        ("fp8 tensor", (), True),
+        ("fp8 tensor", (1,), True),
+        ("fp8 tensor", (1, 1), True),
+        ("fp8 tensor", (96,), False),
+    ],
+)
+def test_scales_of_whole_rows_and_tensors_may_have_fewer_dimensions(
+    name: str, shape: tuple[int, ...], served: bool
+) -> None:
+    given = tensors(("a.weight", "F8_E4M3", (96, 64)), ("a.weight_scale", "F16", shape))
+    if served:
+        assert layers({"quantization_config": CONFIGS[name]}, given)["a.weight"].shape == (96, 64)
+        return
+    with pytest.raises(LoadError, match=r"a\.weight_scale is \["):
+        layers({"quantization_config": CONFIGS[name]}, given)
 
 
 @pytest.mark.parametrize("lost", ["a.qzeros", "a.scales"])

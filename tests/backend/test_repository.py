@@ -46,6 +46,15 @@ def test_what_is_written_is_what_the_engine_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("task", "most", "rows"),
+    [("generate", "100", 100), ("generate", "4", 64), ("generate", str(2**40), 2**31 - 1), ("qa", "1000", 64)],
+)
+def test_triton_lets_as_many_prompts_through_as_the_model_takes(tmp_path, task, most, rows):
+    """Not fewer than the template: the model says itself which limit is passed."""
+    assert read(repository.write(tmp_path, task, "m", {"model": "/m", "max_prompts": most})).max_batch_size == rows
+
+
+@pytest.mark.parametrize(
     "name", ["", ".", "..", ".hidden", "a/b", "../a", "/a", "a b", "é", "a\n", "a\0", "x" * 129, "a\\b"]
 )
 def test_names_that_lead_elsewhere(tmp_path, name):
@@ -125,17 +134,18 @@ def test_a_broken_mark_is_none(tmp_path, mark):
     assert repository.origin(tmp_path, "m") is None
 
 
-def test_a_rename_that_fails_keeps_the_old_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [OSError, KeyboardInterrupt])
+def test_a_rename_that_fails_keeps_the_old_one(tmp_path, monkeypatch, end):
     folder = repository.write(tmp_path, "generate", "m", {"model": "/old"})
     rename = os.rename
 
     def broken(source, target):
         if str(source).endswith("new"):
-            raise OSError("no")
+            raise end("no")
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", broken)
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(end, match="no"):
         repository.write(tmp_path, "generate", "m", {"model": "/new"})
     assert parameters(read(folder)) == {"model": "/old"}
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

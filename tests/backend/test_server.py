@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,11 +21,14 @@ import pytest
 
 from backend import server
 from backend.errors import LoadError
-from backend.launcher import health, leftovers, probe, tritonserver
+from backend.launcher import health, leftovers, options, probe, tritonserver
+from backend.launcher.greeting import local_commands
 from backend.launcher.log import Log
 from backend.launcher.output import Output, telling
 from backend.launcher.ports import require_free
 from backend.launcher.tritonserver import Installation, Options, Ports
+from client import cli
+from client.commands import COMMANDS
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes"
 REPOSITORY = FAKES / "repository"
@@ -407,15 +411,20 @@ def test_stubs_get_this_python_first_on_path(tmp_path):
     ("arguments", "message"),
     [
         (["--set", "tensor_paralel=2"], "unknown parameter 'tensor_paralel'"),
-        (["--set", "block_size"], "--set takes KEY=VALUE, not 'block_size'"),
-        (["--tensor-parallel", "0"], "tensor_parallel must be positive"),
+        (["--set", "block_size"], "--set takes NAME=VALUE, not 'block_size'"),
+        (["--set", "=16"], "--set takes NAME=VALUE, not '=16'"),
+        (["--set", "model=/mine"], "--set model: that has an option of its own"),
+        (["--dtype", "float32", "--set", "dtype=float16"], "--set dtype: that has an option of its own"),
+        (["--set", "tensor_parallel=2"], "--set tensor_parallel: that has an option of its own"),
+        (["--set", "port=1"], "--set port: that has an option of its own"),
+        (["--tensor-parallel", "0"], "tensor_parallel must be positive, not 0"),
         (["--dtype", "int3"], "dtype must be one of"),
         (["--model", "./nowhere"], "no such model folder: "),
         (["--model", "a/b/c"], "no such model folder: "),
-        (["--drain-seconds", "-1"], "--drain-seconds must not be negative"),
-        (["--repair-minutes", "nan"], "--repair-minutes must not be negative"),
-        (["--log-mib", "-1"], "--log-mib must not be negative"),
-        (["--log-files", "1"], "--log-files must be at least 2"),
+        (["--drain-seconds", "-1"], "--drain-seconds must not be negative, not -1"),
+        (["--repair-minutes", "nan"], "--repair-minutes must not be negative, not nan"),
+        (["--log-mib", "-1"], "--log-mib must not be negative, not -1"),
+        (["--log-files", "1"], "--log-files must be at least 2, not 1"),
         (["--name", "../x", "--model", "/"], "a model's name must be"),
     ],
 )
@@ -432,15 +441,23 @@ def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch, tmp_p
 
 
 def test_the_health_port_goes_with_the_others():
-    assert server.parse([]).health_port == 8003
-    assert server.parse(["--port=9001"]).health_port == 0
-    assert server.parse(["--port=9001", "--health-port=9003"]).health_port == 9003
+    assert options.parse([]).health_port == 8003
+    assert options.parse(["--port=9001"]).health_port == 0
+    assert options.parse(["--port=9001", "--health-port=9003"]).health_port == 9003
 
 
 def test_repository_and_model_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
-        server.parse(["--repository=x", "--set", "a=b"])
+        options.parse(["--repository=x", "--set", "a=b"])
     assert "served as it is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.task)
+def test_each_task_is_greeted_with_its_example(command):
+    (line,) = local_commands("mine", Ports("127.0.0.1", 9001, 2, 3), command.task)
+    assert line.endswith(f" --name mine --port 9001 {command.example}")
+    found = cli.parser().parse_args(shlex.split(line)[1:])
+    assert (found.name, found.port) == ("mine", 9001)
 
 
 # --- lines

@@ -14,8 +14,9 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import triton_to_np_dtype
 
 from backend import errors
-from backend.generation.parameter import NAMED, PARAMETERS
-from backend.generation.params import Options
+from backend.config import EngineConfig
+from backend.generation.parameter import INT32, NAMED, PARAMETERS, UINT64
+from backend.generation.params import MAX_JSON_BYTES, MAX_SALT_BYTES, MAX_STOP_CHARACTERS, MAX_STOP_IDS, Limits, Options
 from backend.generation.request import SOURCES, Request
 from backend.generation.stream import Delta
 from client import errors as client_errors
@@ -99,6 +100,43 @@ def test_every_key_of_the_document_is_read():
     without_tensor = {name for name in NAMED if not any(name in p.inputs for p in PARAMETERS)}
     assert named & set(NAMED) >= without_tensor - {"stop"} and "key `stop`" in DOCUMENT
     assert named - set(NAMED) <= {"parameters", "structured_outputs"}
+
+
+# ---- ranges
+
+POWERS = {INT32: "2^31 - 1", UINT64: "2^64 - 1", -INT32 - 1: "-2^31"}
+
+
+def spoken(parameter):
+    low, high = (POWERS.get(value, f"{value:g}") for value in (parameter.low, parameter.high))
+    return f"{'above ' if parameter.open else ''}{low} to {high}"
+
+
+def test_ranges_of_parameters_and_document():
+    stated = {name: text for names, text in table("key", "### Ranges") for name in names.split(", ")}
+    limits = Limits.of(EngineConfig("m"))
+    bounded = {
+        "n": f"1 to `max_prompts` ({limits.max_samples})",
+        "stop_words": f"`max_stop_strings` ({limits.max_stop_strings}), each of 1 to {MAX_STOP_CHARACTERS:,} char",
+        "stop_token_ids": f"{MAX_STOP_IDS}, each from {NAMED['stop_token_ids'].low} ",
+        "cache_salt": f"{MAX_SALT_BYTES} bytes",
+        "sampling_parameters": f"{MAX_JSON_BYTES >> 20} MiB",
+    } | dict.fromkeys(PROMPTS, "`max_prompt_bytes` (")
+    plain = [p for p in PARAMETERS if p.type not in ("BOOL", "BYTES") and p.name not in bounded]
+    assert {name: text for name, text in stated.items() if name not in bounded} == {p.name: spoken(p) for p in plain}
+    for name, beginning in bounded.items():
+        assert stated[name].startswith(beginning), name
+
+
+def test_defaults_of_limits_and_document():
+    """Wherever a limit that can be configured is named with its default."""
+    stated = re.findall(r"`(max_\w+)` \(([\d,]+|\d+ MiB)\)", DOCUMENT)
+    assert {"max_prompts", "max_texts", "max_prompt_bytes", "max_pixels", "max_images", "max_steps"} <= {*dict(stated)}
+    for name, default in stated:
+        found = getattr(EngineConfig("m"), name)
+        assert default == (f"{found >> 20} MiB" if name.endswith("bytes") else f"{found:,}"), name
+    (meaning,) = [row[-1] for row in table("input") if row[0] == "max_tokens"]
+    assert f"default {EngineConfig('m').default_max_tokens}," in meaning
 
 
 # ---- the client's side

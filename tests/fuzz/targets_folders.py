@@ -18,7 +18,7 @@ from backend.generation.params import Defaults
 from backend.generation.tokenizer import Tokenizer
 from backend.json_file import content, optional
 from backend.model_folder import Checkpoint
-from backend.quantized_folder import ROLES
+from backend.quantized_folder import LAYOUTS
 from backend.tasks import find, sentence_folder
 from backend.tasks.labels import labels_of, scoring
 from backend.tasks.pipeline_folder import PIPELINES, PipelineFolder
@@ -106,7 +106,7 @@ def quantized(folder: Path) -> Target:
         draw = Draw(data)
         form = draw.changed(QUANTIZED | {"quant_method": draw.one(["gptq", "awq", "compressed-tensors", "fp8"])}, names)
         put(folder / "config.json", LLAMA | {draw.one(["quantization_config", "compression_config"]): form})
-        endings = [ending for role in ROLES.values() for ending in role]
+        endings = [ending for layout in LAYOUTS.values() for ending in layout.roles]
         shapes = {
             f"a.0.q_proj.{end}": [draw.below(20) * 8 for _ in range(draw.below(3))] for end in dict.fromkeys(endings)
         }
@@ -129,7 +129,7 @@ QUANTIZED = {
 def _facts(folder: Path) -> object:
     found = Checkpoint.open(folder)
     families.refusal(found.config)
-    return found.dtype, found.vocab_size, found.max_model_len, found.parameter_bytes, found.files
+    return found.dtype, found.vocab_size, found.max_model_len, found.files
 
 
 def encoder(folder: Path) -> Target:

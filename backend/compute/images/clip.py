@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForZeroShotImageClassification, PreTrainedModel
 
-from backend.checkpoint import Checkpoint
 from backend.compute.decoder import dtype_of
 from backend.compute.split_loaded import split, unsplittable
 from backend.compute.tensor_parallel import join
 from backend.errors import LoadError, ServingError
-from backend.model_folder import resolve
+from backend.model_folder import Checkpoint, resolve
 from backend.ranks.rank import Birth
 
 

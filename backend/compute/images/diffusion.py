@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from backend.checkpoint import resolve
 from backend.compute.images.compiled import Compiled, compiled, dismiss_compilers
 from backend.compute.images.graphs import ForwardGraphs, keep_steps_on_host
 from backend.compute.images.guidance import shared_guidance
@@ -27,6 +26,7 @@ from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.config import EngineConfig
 from backend.errors import InvalidInput, LoadError, ServingError
+from backend.model_folder import resolve
 from backend.ranks.rank import Birth
 from backend.tasks.text import Ready
 
