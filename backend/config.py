@@ -91,7 +91,7 @@ class EngineConfig:
     max_prompt_bytes: int = 1 << 20
     """All prompts of one request together (of token ids, their number); of other tasks each text, or list of texts."""
     max_prompts: int = 64
-    """Prompts in one request, times n."""
+    """Prompts in one request, times n; a directory that deploy or serve writes gets a max_batch_size for as many."""
     max_texts: int = 256
     """Texts that one row of a request may hold (rerank's, zero_shot_image's labels)."""
     max_pixels: int = 1 << 22
@@ -118,13 +118,15 @@ class EngineConfig:
         _check(self.device in DEVICES, f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         kinds = ", ".join(KV_DTYPES)
         _check(self.kv_cache_dtype in KV_DTYPES, f"kv_cache_dtype must be one of {kinds}, not {self.kv_cache_dtype!r}")
-        _check(0 <= self.kv_cache_fraction < 1, "kv_cache_fraction must be at least 0 and below 1")
+        fraction = self.kv_cache_fraction
+        _check(0 <= fraction < 1, f"kv_cache_fraction must be at least 0 and below 1, not {fraction}")
         for name in _POSITIVE:
             _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         self._check_offload()
         for field in fields(self):
             if field.type in ("int", "float"):
-                _check(getattr(self, field.name) >= 0, f"{field.name} must not be negative")
+                value = getattr(self, field.name)
+                _check(value >= 0, f"{field.name} must not be negative, not {value}")
         self._check_quantization()
 
     def _check_quantization(self) -> None:
@@ -187,6 +189,10 @@ _POSITIVE = (
     "default_max_tokens",
     "max_prompt_bytes",
     "max_prompts",
+    "max_texts",
+    "max_pixels",
+    "max_steps",
+    "max_images",
     "step_timeout",
     "load_timeout",
 )
@@ -203,4 +209,4 @@ def _parse(name: str, kind: str, value: str) -> Any:
             return _FLAGS[value.strip().lower()]
         return {"int": int, "float": float, "str": str}[kind](value)
     except (ValueError, KeyError):
-        raise LoadError(f"parameter {name!r} in config.pbtxt must be a {kind}, not {value!r}") from None
+        raise LoadError(f"parameter {name!r} in config.pbtxt must be of type {kind}, not {value!r}") from None

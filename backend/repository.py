@@ -25,6 +25,7 @@ MARK = ".tritonspeed.json"
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _LONGEST_NAME = 128
+_MOST_ROWS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ def _config(task: str, name: str, parameters: Mapping[str, str]) -> ModelConfig:
     config.name = name
     for key, value in parameters.items():
         config.parameters[key].string_value = value
-    EngineConfig.from_parameters({key: value.string_value for key, value in config.parameters.items()})
+    found = EngineConfig.from_parameters({key: value.string_value for key, value in config.parameters.items()})
+    if task == "generate":  # Triton refuses requests of more rows before the model sees them
+        config.max_batch_size = min(max(config.max_batch_size, found.max_prompts), _MOST_ROWS)
     return config
 
 
@@ -110,12 +113,12 @@ def _fill(folder: Path, task: str, config: ModelConfig, made_from: Origin) -> No
 
 
 def _exchange(fresh: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        os.rename(target, old)
     try:
+        if target.exists():
+            os.rename(target, old)
         os.rename(fresh, target)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not target.exists():
             os.rename(old, target)
         raise
 

@@ -20,18 +20,20 @@ from types import FrameType
 from backend import repository, samples
 from backend.config import EngineConfig
 from backend.devices import free_gpu_memory
-from backend.errors import LoadError, ServingError
+from backend.errors import ServingError
 from backend.launcher import detach, leftovers, run_folder, tritonserver
 from backend.launcher.child import Child
 from backend.launcher.dismissal import Dismissal
 from backend.launcher.greeting import greeting
 from backend.launcher.health import Health, ready, served
 from backend.launcher.log import Log
+from backend.launcher.options import check, parse
 from backend.launcher.output import Output
 from backend.launcher.ports import require_free
 from backend.launcher.repair import Repair, looking, reach
 from backend.launcher.tritonserver import Options, Ports
 from client import local
+from client.arguments import settings
 from client.errors import Error as ClientError
 
 _DEAF_SECONDS = 20.0
@@ -41,72 +43,6 @@ _SHARED_FRACTION = "0.6"
 """generate's share of a GPU's free memory where other models are served beside it; alone it takes 0.9."""
 _KILL_SECONDS = 5
 """After the drain: 2.51 can outlast its own exit timeout while a gRPC stream is open."""
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; exits with a usage message where it is wrong."""
-    parser = argparse.ArgumentParser(prog="serve", description="Serve a model with tritonserver until Ctrl-C.")
-    model = parser.add_argument_group("what is served")
-    model.add_argument("--model", metavar="PATH_OR_ID", help="Hugging Face folder or hub id; default: a small sample")
-    model.add_argument("--task", choices=repository.tasks(), help="default: generate and embed, generate with --model")
-    model.add_argument("--all", action="store_true", help="every task that has a sample; some are trained once")
-    model.add_argument("--name", help="the model's name in the server; default: the task's")
-    model.add_argument("--tensor-parallel", metavar="N", type=int, help="ranks; on CUDA one per GPU (default 1)")
-    model.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
-    model.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any parameter of EngineConfig")
-    model.add_argument("--repository", metavar="DIR", type=Path, help="serve this model repository as it is instead")
-    listen = parser.add_argument_group("where")
-    listen.add_argument("--host", default="127.0.0.1", help="anything but loopback needs a Triton of 26.07 or later")
-    listen.add_argument("--port", metavar="N", type=int, default=8001, help="gRPC (default 8001; 0: any free one)")
-    listen.add_argument("--http-port", metavar="N", type=int, default=8000, help="default 8000; 0: any free one")
-    listen.add_argument("--metrics-port", metavar="N", type=int, default=8002, help="default 8002; 0: any free one")
-    listen.add_argument(
-        "--health-port", metavar="N", type=int, help="GET /health (default 8003, with another --port any free one)"
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--explicit", action="store_true", help="models can be deployed into, and taken out of, the running server"
-    )
-    how.add_argument(
-        "--repair-minutes",
-        metavar="M",
-        type=float,
-        default=10,
-        help="with --explicit: minutes between tries of loading anew what has failed for good (default 10; 0: none)",
-    )
-    how.add_argument("--keep-going", action="store_true", help="serve the other models when one fails to load")
-    how.add_argument(
-        "--drain-seconds", metavar="S", type=int, default=30, help="for requests in flight at the end (default 30)"
-    )
-    how.add_argument(
-        "--cache-mib",
-        metavar="N",
-        type=int,
-        default=0,  # Triton 2.51 keeps failures too, and answers them again as a success without outputs
-        help="memory for answers that repeat (default 0: none; Triton 2.51 also keeps failures, as empty answers)",
-    )
-    how.add_argument(
-        "--otel", metavar="URL", default="", help="send traces there, e.g. http://127.0.0.1:4318/v1/traces"
-    )
-    how.add_argument(
-        "--log-mib", metavar="N", type=int, default=64, help="size of a file of the log (default 64; 0: any)"
-    )
-    how.add_argument(
-        "--log-files", metavar="N", type=int, default=4, help="files of the log that are kept (default 4; at least 2)"
-    )
-    how.add_argument("--detach", action="store_true", help="return once it is ready, and leave it running")
-    how.add_argument("--verbose", action="store_true", help="everything that tritonserver prints")
-    options = parser.parse_args(arguments)
-    model_options = [options.model, options.name, options.tensor_parallel, options.dtype, *options.set]
-    if options.all and any((options.model, options.name, options.task, options.repository)):
-        parser.error("--all serves the samples: --model, --name, --task and --repository do not go with it")
-    if options.repository and any(value is not None for value in model_options):
-        parser.error(
-            "--repository is served as it is: --model, --name, --tensor-parallel, --dtype and --set do not go with it"
-        )
-    if options.health_port is None:
-        options.health_port = 8003 if options.port == 8001 else 0
-    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,11 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """From the checks that cost nothing to the last process gone."""
-    for name in ("drain_seconds", "cache_mib", "log_mib", "repair_minutes"):
-        if not getattr(options, name) >= 0:
-            raise LoadError(f"--{name.replace('_', '-')} must not be negative")
-    if options.log_files < 2:
-        raise LoadError("--log-files must be at least 2")
+    check(options)
     signal.signal(signal.SIGTERM, _interrupt)  # until the child is there to be stopped in order
     installation = tritonserver.find()
     names = ("port", "http_port", "metrics_port", "health_port")
@@ -168,9 +100,10 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def compose(options: argparse.Namespace, models: Path) -> Path:
-    """A repository of the models that the options name. LoadError names a parameter that does not exist."""
+    """A repository of the models that the options name; the error names a parameter that does not exist."""
     given = {"tensor_parallel": options.tensor_parallel, "dtype": options.dtype}
-    parameters = {key: str(value) for key, value in given.items() if value is not None} | _pairs(options.set)
+    parameters = {key: str(value) for key, value in given.items() if value is not None}
+    parameters |= settings(options.set, vars(options))
     EngineConfig.from_parameters({"model": "-", **parameters})
     wanted = _tasks(options)
     found = [samples.locate(options.model, wanted[0])] if len(wanted) == 1 else samples.fetch_all(wanted)
@@ -192,13 +125,6 @@ def _tasks(options: argparse.Namespace) -> list[str]:
 
 def _on_gpu() -> bool:
     return bool(free_gpu_memory())
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    for text in texts:
-        if "=" not in text:
-            raise LoadError(f"--set takes KEY=VALUE, not {text!r}")
-    return dict(text.split("=", 1) for text in texts)
 
 
 def _behaviour(options: argparse.Namespace, ports: Ports) -> Options:

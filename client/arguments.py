@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from client.errors import InvalidInput
@@ -60,6 +60,14 @@ def pairs(flag: str, texts: Sequence[str]) -> Iterator[tuple[str, str]]:
         if not (name and equals):
             raise InvalidInput(f"{flag} takes NAME=VALUE, not {text!r}")
         yield name, value
+
+
+def settings(texts: Sequence[str], own: Iterable[str]) -> dict[str, str]:
+    """A model's parameters, as --set gives them; none of `own`, which the command gives itself."""
+    given = dict(pairs("--set", texts))
+    if twice := sorted(given.keys() & set(own)):
+        raise InvalidInput(f"--set {twice[0]}: that has an option of its own")
+    return given
 
 
 def words(texts: Sequence[str]) -> list[str]:

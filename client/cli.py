@@ -12,10 +12,11 @@ from dataclasses import asdict
 from typing import Any
 
 from client import commands
-from client.arguments import add_flags, chosen, command, pairs, task_command, where, words
+from client.arguments import add_flags, chosen, command, settings, task_command, where, words
 from client.deploy import deploy, models, undeploy
-from client.errors import Error, InvalidInput
+from client.errors import Error
 from client.generate import Generate, Prompt
+from client.packages import missing
 from client.sampling import KEYS
 from client.tasks import TASKS, pipeline
 
@@ -70,7 +71,7 @@ def _add_deploy(verbs: Any) -> None:
     made.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
     made.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt plus completion, tokens")
     made.add_argument("--kv-cache-fraction", type=float, metavar="F", help="share of the memory left after loading")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any parameter of EngineConfig")
+    made.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any parameter of EngineConfig")
     made.add_argument("--repository", metavar="DIR", help="the folder that the server serves, where it is not known")
     made.add_argument("--replace", action="store_true", help="also a directory that deploy has not written")
     made.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="seconds (default 1800)")
@@ -109,12 +110,10 @@ def _write(pipe: Generate, prompt: Prompt, sampling: Mapping[str, Any], as_json:
 
 
 def _deploy(options: argparse.Namespace) -> None:
-    own = ("task", "name", "tensor_parallel", "dtype", "max_model_len", "kv_cache_fraction", "repository", "replace")
-    given = {name: getattr(options, name) for name in (*own, "timeout")}
-    more: dict[str, Any] = dict(pairs("--set", options.set))
-    if twice := sorted(more.keys() & {*given, "model"}):
-        raise InvalidInput(f"--set {twice[0]}: that has an option of its own")
-    with deploy(options.model, **given, **where(options), tell=_tell, **more) as pipe:
+    names = ("task", "name", "tensor_parallel", "dtype", "max_model_len", "kv_cache_fraction", "repository", "replace")
+    own = {name: getattr(options, name) for name in (*names, "timeout")} | where(options) | {"tell": _tell}
+    parameters: dict[str, Any] = settings(options.set, {"model", *own})
+    with deploy(options.model, **own, **parameters) as pipe:
         verb, what = options.task.replace("_", "-"), commands.example(options.task)
         _tell(f"{pipe.name}: ready; try: tritonspeed {verb} --name {pipe.name} --port {options.port} {what}")
 
@@ -135,9 +134,7 @@ def _serve(arguments: list[str]) -> int:
     try:
         from backend.server import main as serve
     except ImportError as error:
-        raise InvalidInput(
-            f"serving needs the server's packages ({error}): pip install 'tritonspeed[server]'"
-        ) from None
+        raise missing("serving", error) from None
     return serve(arguments)
 
 

@@ -113,7 +113,7 @@ COMMANDS = (
     Command("zero_shot_image", "which label fits an image", _zero_shot_image, zero_shot_image.OPTIONS,
             _ask_zero_shot_image, "IMAGE --label cat --label dog"),
     Command("text_to_image", "draw images of prompts", add_drawing, TEXT_TO_IMAGE, draw,
-            "'a red circle' --output image.png"),
+            "'a handwritten three' --output three.png"),
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from client import local
 from client.channel import Endpoint, Tls, is_local
@@ -32,6 +32,9 @@ from client.tasks import TASKS, pipeline
 from client.text_to_image import TextToImage
 from client.token_classification import TokenClassification
 from client.zero_shot_image import ZeroShotImage
+
+if TYPE_CHECKING:
+    from backend.repository import Origin
 
 Folder = str | Path
 
@@ -109,8 +112,8 @@ def deploy(
     Model, devices and parameters (the fields of backend.config.EngineConfig) are checked before anything is written.
     Where no server answers at a port of this machine, one is started, which lives on. `repository` is the folder that
     the server serves, found by itself for a server of this machine's own launcher. A directory that was not written by
-    deploy is only replaced with `replace`. When the load fails, the directory goes again, and one that deploy had
-    written there before comes back. `tell` takes lines of progress; `timeout` is in seconds. Raises `client.Error`.
+    deploy is only replaced with `replace`. When the load fails, the directory goes again, and what was there before
+    comes back. `tell` takes lines of progress; `timeout` is in seconds. Raises `client.Error`.
     """
     if task not in TASKS:
         raise InvalidInput(f"there is no task {task!r}; available: {', '.join(TASKS)}")
@@ -179,7 +182,8 @@ def _start(place: Place, end: float, tell: Tell) -> Place:
     from backend.launcher.run_folder import run
 
     folder = (place.repository or run() / f"models-{place.port}").expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    with server_packages(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     tell(f"no server answers at {place.address}: starting one on {folder}")
     others = [] if place.port == 8001 else ["--http-port", "0", "--metrics-port", "0"]
     where = ["--port", str(place.port), *others, "--repository", str(folder)]
@@ -197,27 +201,46 @@ def _start(place: Place, end: float, tell: Tell) -> Place:
 
 @contextmanager
 def _written(folder: Path, task: str, name: str, parameters: dict[str, str], replace: bool) -> Iterator[None]:
-    """The model's directory; if the body fails, what was there before."""
+    """The model's directory; if writing it or the body fails, what was there before."""
     from backend import repository
 
-    there, kept = folder / name, folder / f".{name}.before"
-    with server_packages():
+    with server_packages(folder):
         before = repository.origin(folder, name)
-        if replace and before is None and there.exists():
-            there.rename(kept)  # somebody else's: it comes back if this fails
-        repository.write(folder, task, name, parameters, replace)
+        kept = _place_aside(folder, name) if replace and before is None else None
     try:
+        with server_packages(folder):
+            if kept:
+                (folder / name).rename(kept)
+            repository.write(folder, task, name, parameters, replace)
         yield
     except BaseException:
-        with server_packages():
-            if before is None:
-                repository.remove(folder, name)
-            else:
-                repository.write(folder, before.task, name, before.parameters)
-            if kept.exists():
-                kept.rename(there)
+        with server_packages(folder):
+            _restore(folder, name, before, kept)
         raise
-    shutil.rmtree(kept, ignore_errors=True)
+    if kept:
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+def _place_aside(folder: Path, name: str) -> Path | None:
+    """Where somebody else's directory waits until its replacement is loaded; None where there is none."""
+    kept = folder / f".{name}.before"
+    if not (folder / name).exists():
+        return None
+    if kept.exists():
+        raise InvalidInput(f"{kept} holds what a replacement that was cut off put aside; move it away first")
+    return kept
+
+
+def _restore(folder: Path, name: str, before: Origin | None, kept: Path | None) -> None:
+    from backend import repository
+
+    if repository.origin(folder, name) != before:
+        if before is None:
+            repository.remove(folder, name)
+        else:
+            repository.write(folder, before.task, name, before.parameters)
+    if kept and not (folder / name).exists():
+        kept.rename(folder / name)
 
 
 def _load(control: Control, name: str, end: float) -> None:
@@ -237,8 +260,8 @@ def _remove(place: Place, name: str) -> None:
         return  # whoever deployed it had the packages; a client elsewhere only unloads
     if place.repository is None and not (is_local(place.host) and local.find(place.port)):
         return
-    with server_packages():
-        folder = place.folder()
+    folder = place.folder()
+    with server_packages(folder):
         if repository.origin(folder, name) is not None:
             repository.remove(folder, name)
 

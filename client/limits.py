@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from math import isfinite
+from sys import float_info
 from time import monotonic
 
 from client.errors import DeadlineExceeded, Error, InvalidInput
@@ -27,7 +27,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("timeout", "idle_timeout"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and isfinite(value) and value > 0):
+            if value is not None and not (_is_number(value) and 0 < value <= float_info.max):
                 raise InvalidInput(f"{name} must be a positive number of seconds, not {value!r}")
         if not isinstance(self.retries, int) or self.retries < 0:
             raise InvalidInput(f"retries must not be negative, not {self.retries!r}")

@@ -48,7 +48,7 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
         raise InvalidInput(f"{name} must be a whole number, not {value!r}")
     number = int(value)
     if not low <= number <= high:
-        raise InvalidInput(f"{name} must be from {low} to {high}, not {number}")
+        raise InvalidInput(f"{name} must be from {low} to {high}, not {_shown(number)}")
     return number
 
 
@@ -60,8 +60,8 @@ def _integers(name: str, value: Any) -> NDArray[Any]:
 def _float(name: str, value: Any) -> NDArray[Any]:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise InvalidInput(f"{name} must be a number, not {value!r}")
-    if not abs(float(value)) <= _FP32_MAX:  # nan too
-        raise InvalidInput(f"{name} must be a finite number, not {value!r}")
+    if not abs(value if isinstance(value, int) else float(value)) <= _FP32_MAX:  # nan too; no float holds some integers
+        raise InvalidInput(f"{name} must be a finite number, not {_shown(value)}")
     return np.array([[value]], np.float32)  # [1, 1]
 
 
@@ -83,6 +83,12 @@ def _items(name: str, value: Any) -> list[Any]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise InvalidInput(f"{name} must be a list, not {value!r}")
     return list(value)
+
+
+def _shown(value: object) -> str:
+    """A number in an error: Python refuses to write out an integer of some thousand digits."""
+    bits = value.bit_length() if isinstance(value, int) else 0
+    return f"an integer of {bits} bits" if bits > 128 else repr(value)
 
 
 _FP32_MAX = float(np.finfo(np.float32).max)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from backend import repository
 from backend.launcher.tritonserver import Ports
+from client.commands import example
 
 
 def greeting(ports: Ports, models: Path, seconds: float) -> Iterator[str]:
@@ -24,25 +24,12 @@ def greeting(ports: Ports, models: Path, seconds: float) -> Iterator[str]:
     yield f"Ctrl-C or `kill {os.getpid()}` stops it"
 
 
-_EXAMPLES: dict[str, tuple[str, dict[str, object]]] = {
-    "embed": ('"That is a happy person"', {"text": "That is a happy person"}),
-    "classify": ('"I love it"', {"text": "I love it"}),
-    "qa": (
-        '--question "Where does Anna live?" --context "Anna lives in Oslo."',
-        {"question": "Where does Anna live?", "context": "Anna lives in Oslo."},
-    ),
-    "text_to_image": ('"a handwritten three"', {"prompt": "a handwritten three", "seed": 1}),
-}
-"""By task: what follows the program's name, and the inputs of an HTTP request."""
-
-
 def local_commands(name: str, ports: Ports, task: str = "generate") -> list[str]:
     """What to type to see a model at work."""
     program = Path(sys.executable).parent / "tritonspeed"
     flag = "" if ports.grpc == 8001 else f" --port {ports.grpc}"
     if task != "generate":
-        command = f"{program} {task.replace('_', '-')} --name {name}{flag}"
-        return _task_commands(command, f"{ports.local}:{ports.http}", name, task)
+        return [f"{program} {task.replace('_', '-')} --name {name}{flag} {example(task)}"]
     other = "" if ports.grpc == 8001 else f", port={ports.grpc}"
     return [
         f'{program} generate --name {name}{flag} --temperature 0 --max-tokens 16 "The capital of France is"',
@@ -51,16 +38,3 @@ def local_commands(name: str, ports: Ports, task: str = "generate") -> list[str]
         f"{sys.executable} -c 'from client import pipeline; "
         f'print(pipeline("generate", name="{name}"{other})("Hello", temperature=0).text)\'',
     ]
-
-
-def _task_commands(program: str, http: str, name: str, task: str) -> list[str]:
-    if task not in _EXAMPLES:
-        return [f"{program} --help"]
-    words, inputs = _EXAMPLES[task]
-    tensors = [_tensor(key, value) for key, value in inputs.items()]
-    return [f"{program} {words}", f"curl -s {http}/v2/models/{name}/infer -d '{json.dumps({'inputs': tensors})}'"]
-
-
-def _tensor(name: str, value: object) -> dict[str, object]:
-    datatype = "UINT64" if isinstance(value, int) else "BYTES"
-    return {"name": name, "datatype": datatype, "shape": [1, 1], "data": [value]}

@@ -134,6 +134,13 @@ def test_serve_hands_everything_on(monkeypatch):
     assert main(["serve", "--model", "x", "--help"]) == 7
 
 
+def test_serve_without_the_servers_packages(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "backend.server", None)
+    assert main(["serve"]) == 1
+    told = capsys.readouterr().err
+    assert "serving needs the server's packages" in told and "pip install '.[server]'" in told
+
+
 def start(server, *arguments, **options):
     command = [sys.executable, "-m", "client.cli", "generate", "--host", "127.0.0.1", "--port", str(server.port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -1,6 +1,9 @@
 """deploy, undeploy and models against a fake server's repository calls."""
 
+import errno
+import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -134,14 +137,77 @@ def test_a_strangers_directory_stays(server, model):
 
 
 def test_a_strangers_directory_survives_a_failed_replacement(server, model):
-    theirs = server.repository / "generate" / "1" / "weights.bin"
-    theirs.parent.mkdir(parents=True)
-    theirs.write_text("theirs")
+    theirs = strangers(server)
     server.load_failure = "version 1 is at UNAVAILABLE state: Internal: LoadError: no;"
     with pytest.raises(InvalidInput, match="no"):
         deploy(model, replace=True, **at(server))
     assert theirs.read_text() == "theirs"
     assert [folder.name for folder in server.repository.iterdir()] == ["generate"]
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that takes no more files, as a write of their content tells it: without a path."""
+
+    def fill(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(repository, "_fill", fill)
+
+
+def strangers(server):
+    theirs = server.repository / "generate" / "1" / "weights.bin"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    return theirs
+
+
+def test_a_strangers_directory_survives_a_failed_write(server, model, full):
+    theirs = strangers(server)
+    with pytest.raises(InvalidInput, match=f"{server.repository}: No space left on device"):
+        deploy(model, replace=True, **at(server))
+    assert theirs.read_text() == "theirs"
+    assert [folder.name for folder in server.repository.iterdir()] == ["generate"]
+
+
+def test_its_own_directory_survives_a_failed_write(server, model, monkeypatch, request):
+    deploy(model, **at(server)).close()
+    before = repository.origin(server.repository, "generate")
+    request.getfixturevalue("full")
+    with pytest.raises(InvalidInput, match="No space left"):
+        deploy(model, dtype="float16", **at(server))
+    assert repository.origin(server.repository, "generate") == before
+
+
+def test_what_a_replacement_that_was_cut_off_put_aside_stays(server, model):
+    aside = server.repository / ".generate.before"
+    (aside / "1").mkdir(parents=True)
+    deploy(model, **at(server)).close()
+    undeploy("generate", **at(server))
+    theirs = strangers(server)
+    with pytest.raises(InvalidInput, match=f"{aside} holds"):
+        deploy(model, replace=True, **at(server))
+    assert theirs.read_text() == "theirs" and (aside / "1").is_dir()
+
+
+def test_a_repository_that_nobody_can_write_to(server, model, monkeypatch, capsys):
+    def read_only(*given, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(server.repository / "x"))
+
+    deploy(model, **at(server)).close()
+    monkeypatch.setattr(repository.tempfile, "TemporaryDirectory", read_only)
+    where = ["--host", "127.0.0.1", "--port", str(server.port)]
+    said = f"error: {server.repository / 'x'}: Read-only file system\n"
+    for command in (["deploy", str(model)], ["undeploy", "generate"]):
+        assert main([*command, *where]) == 1
+        assert capsys.readouterr().err.endswith(said)
+
+
+def test_a_server_is_not_started_on_a_folder_that_cannot_be(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: pytest.fail("started"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match=f"{tmp_path / 'file'}"):
+        deploy(model, host="127.0.0.1", port=nobody(), repository=tmp_path / "file")
 
 
 def test_a_server_that_takes_no_deployments(server, model):
@@ -213,7 +279,7 @@ def test_without_the_servers_packages(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "backend"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "backend.errors", None)
-    with pytest.raises(InvalidInput, match=r"tritonspeed\[server\]"):
+    with pytest.raises(InvalidInput, match=r"deploying needs .*pip install '\.\[server\]' in tritonspeed's clone"):
         deploy("x")
 
 
@@ -267,6 +333,14 @@ def test_the_command_line(server, model, capsys):
         assert main(["deploy", str(model), "--set", wrong, *where]) == 1
     err = capsys.readouterr().err
     assert "--set dtype" in err and "--set takes" in err and "modle" in err
+
+
+@pytest.mark.parametrize("name", sorted(inspect.signature(deploy).parameters.keys() - {"parameters"}))
+def test_parameters_do_not_collide_with_what_deploy_takes(server, model, capsys, name):
+    line = ["deploy", str(model), "--host", "127.0.0.1", "--port", str(server.port), "--set", f"{name}=1"]
+    assert main(line) == 1
+    assert capsys.readouterr().err == f"error: --set {name}: that has an option of its own\n"
+    assert not server.calls
 
 
 @pytest.mark.parametrize(

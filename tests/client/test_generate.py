@@ -100,6 +100,8 @@ def test_an_unknown_option_is_named_with_the_known_ones(server, pipe):
         ({"max_tokens": 2**31}, "2147483647"), ({"max_tokens": None, "top_k": [1]}, "top_k"),
         ({"seed": -1}, "seed"), ({"seed": 2**64}, "seed"), ({"temperature": "0.5"}, "temperature"),
         ({"temperature": float("nan")}, "finite"), ({"top_p": float("inf")}, "finite"), ({"min_p": 1e300}, "finite"),
+        ({"temperature": 10**400}, "temperature must be a finite number, not an integer of 1329 bits"),
+        ({"top_p": -(10**5000)}, "top_p must be a finite"), ({"seed": 10**5000}, "seed must be from 0"),
         ({"stop": [1]}, "stop"), ({"stop": b"x"}, "stop"), ({"stop": "\ud800"}, "surrogate"), ({"stop": 3}, "stop"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids"), ({"ignore_eos": 1}, "ignore_eos"), ({"n": "2"}, "n must"),
         ({"cache_salt": 1}, "cache_salt"), ({"timeout": 0}, "timeout"), ({"timeout": float("nan")}, "timeout"),

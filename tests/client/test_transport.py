@@ -276,7 +276,9 @@ def test_addresses():
         Tls(ca="/nowhere.pem").credentials()
 
 
-@pytest.mark.parametrize("wrong", [{"timeout": -1}, {"timeout": "3"}, {"idle_timeout": 0}, {"retries": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"timeout": -1}, {"timeout": "3"}, {"timeout": 10**400}, {"idle_timeout": 0}, {"retries": -1}]
+)
 def test_limits_are_checked(wrong):
     with pytest.raises(InvalidInput, match=next(iter(wrong))):
         Limits(**wrong)
