@@ -23,6 +23,7 @@ from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
 from backend.compute.offload.offload import Offload
 from backend.compute.proof import check, plain_modules
+from backend.compute.quantized.layer import packed_weights
 from backend.compute.room import Room, nothing, told
 from backend.compute.sampler import BROKEN, Sampler
 from backend.compute.tensor_parallel import VocabParallelHead, join
@@ -34,6 +35,9 @@ from backend.generation.capacity import Capacity
 from backend.generation.plan import LAST_TOKEN, Ints, Plan, Sampled, Sampling
 from backend.model_folder import Checkpoint, resolve
 from backend.ranks.rank import Birth, Deferred
+
+SHORT, LONG = 24, 300
+"""Tokens of the output proof's prompts."""
 
 
 class Decoder:
@@ -127,16 +131,22 @@ class Decoder:
     def prove(self) -> float:
         """How far its logits are from those of plain torch on the same weights; LoadError where that is too far.
 
-        A prompt of some tokens and one more token.
+        Two prompts, and one more token.
         """
-        if not self._fused and not self._graphs and not self._onednn:
+        packed = packed_weights(self._model).values()
+        if not packed and not self._fused and not self._graphs and not self._onednn:
             return 0.0  # plain torch is what serves
+        ways = {}
         with plain_modules(self._model):
             plain = self._proof(reference, graphs=False)
-        ways = {"fused_kernels": self._proof(None, graphs=False)}
+        if packed:
+            with plain_modules(self._model, products=False):
+                ways["quantization"] = self._proof(reference, graphs=False)
+        ways["fused_kernels"] = self._proof(None, graphs=False)
         if self._graphs:
             ways["cuda_graphs"] = self._proof(None, graphs=True)
-        found = check(ways, plain, self._dtype)
+        rounded = {torch.float8_e4m3fn for weight in packed if weight.scheme.kind == "fp8"}  # activations of prompts
+        found = check(ways, plain, self._dtype, self._kept, *rounded)
         if self._device.type == "cuda":
             taken = torch.cuda.memory_reserved(self._device)
             self._progress(f"memory: {gib(taken)} a rank, {gib(self._cache.nbytes)} of it KV cache")
@@ -144,15 +154,21 @@ class Decoder:
         return found
 
     def _proof(self, kernel: Any, graphs: bool) -> Tensor:
-        """Logits [2, vocabulary] after a made-up prompt and after one more token."""
-        count = min(24, self._max_model_len - 1)
-        ids = (np.arange(count + 1, dtype=np.int32) * 7919 + 13) % self._checkpoint.vocab_size
-        size = self._config.block_size
-        first = replace(prefill(count, count, size, 1), input_ids=ids[:count])
-        more = following(count, ids[count:], size)
-        before = self._logits(first, kernel)[0].clone()
-        after = self._graphs[min(self._graphs)].replay(more)[0] if graphs else self._logits(more, kernel)
-        return torch.stack([before, after[0]])
+        """Logits [3, vocabulary] after two made-up prompts, which kernels for many tokens and for fewer compute, and
+        after one more token.
+        """
+        size, limit = self._config.block_size, self._cache.num_blocks * self._config.block_size
+        limit = min(limit, self._max_model_len) - 1
+        ids = (np.arange(LONG + 1, dtype=np.int32) * 7919 + 13) % self._checkpoint.vocab_size
+
+        def after(count: int) -> Tensor:
+            return self._logits(replace(prefill(count, count, size, 1), input_ids=ids[:count]), kernel)[0].clone()
+
+        few = min(SHORT, limit)
+        prompts = [after(min(LONG, limit, self._config.step_tokens)), after(few)]
+        more = following(few, ids[few : few + 1], size)
+        last = self._graphs[min(self._graphs)].replay(more)[0] if graphs else self._logits(more, kernel)
+        return torch.stack([*prompts, last[0]])
 
     def step(self, plan: Plan) -> Sampled | Deferred:
         """Compute the plan, less the chunks that there is no memory for; the answer of rank 0 counts."""

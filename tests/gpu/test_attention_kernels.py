@@ -32,6 +32,7 @@ pytestmark = (
 from backend.compute.attention import decode as decoding  # noqa: E402
 from backend.compute.attention import kernels  # noqa: E402
 from backend.compute.attention import split as splitting  # noqa: E402
+from backend.compute.attention.tiles import columns_of  # noqa: E402
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 """Largest error allowed, relative to the largest magnitude of the result."""
@@ -160,6 +161,14 @@ def test_a_cache_of_float8(dtype: torch.dtype, chunks: list[tuple[int, int]], ru
     made.inputs[2][:, 0, 0] = 1000.0
     made.check(made.rules()[rule])
     assert (made.cache.layers[0].float().abs().max() == 448) and not made.cache.layers[0].float().isnan().any()
+
+
+def test_tiles_of_a_cache_of_float8_are_no_longer_than_those_of_the_queries_type() -> None:
+    """Registers hold them in that type."""
+    query, kv = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)
+    for wide in (64, 128, 256):
+        assert columns_of(wide, query, kv.to(FP8), 16 << 10) == columns_of(wide, query, kv, 16 << 10)
+    assert columns_of(128, query, kv.float(), 16 << 10) == 32
 
 
 def test_roped_fills_a_cache_of_float8() -> None:

@@ -1,6 +1,7 @@
 """Offload on CUDA: copies beside computing never reach a slot too early or too late, and text and vectors stay."""
 
 import sys
+import tempfile
 from array import array
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 from tiny import save_llama
 
 pytestmark = pytest.mark.gpu
+CACHE = Path(__file__).parents[2] / ".cache"
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0)
 
 
@@ -24,8 +26,16 @@ def folder(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("tiny"), **shape)
 
 
+@pytest.fixture
+def disk():
+    """tmp_path may lie in memory, where offload_folder may not."""
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("kind", ["cpu", "nvme"])
-def test_every_layer_computes_on_its_own_weights(kind, tmp_path):
+def test_every_layer_computes_on_its_own_weights(kind, disk):
     """Products large enough that copies and kernels overlap; nothing waits between the rounds."""
     import torch
     from torch import nn
@@ -43,7 +53,7 @@ def test_every_layer_computes_on_its_own_weights(kind, tmp_path):
             return value
 
     model, cuda = Chain(), torch.device("cuda")
-    given = {"offload_folder": str(tmp_path)} if kind == "nvme" else {}
+    given = {"offload_folder": str(disk)} if kind == "nvme" else {}
     held = Offload(EngineConfig(model="m", offload=kind, **given), 1, cuda)
     held.allocate(model)
     weights = [torch.randn(2048, 2048) / 45 for _ in model.layers]
@@ -61,7 +71,7 @@ def test_every_layer_computes_on_its_own_weights(kind, tmp_path):
 
 
 @pytest.mark.parametrize("parameters", [{}, {"quantization": "int4"}, {"dtype": "bfloat16"}], ids=str)
-def test_the_text_is_the_same(folder, tmp_path, parameters):
+def test_the_text_is_the_same(folder, disk, parameters):
     def written(**given):
         alike = {"device": "cuda", "num_blocks": "256", "max_sequences": "8", "step_tokens": "512"}
         config = EngineConfig.from_parameters({"model": str(folder), **alike, **given})
@@ -79,5 +89,5 @@ def test_the_text_is_the_same(folder, tmp_path, parameters):
 
     want = written(**parameters, cuda_graphs="false")
     assert written(**parameters, offload="cpu") == want
-    assert written(**parameters, offload="nvme", offload_folder=str(tmp_path)) == want
-    assert list(tmp_path.iterdir()) == []
+    assert written(**parameters, offload="nvme", offload_folder=str(disk)) == want
+    assert list(disk.iterdir()) == []

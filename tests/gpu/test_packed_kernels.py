@@ -69,14 +69,14 @@ class Product:
     """A linear's inputs, and the check of what it gives."""
 
     def __init__(self, dtype: torch.dtype, scheme: Scheme, tokens: int, outputs: int, width: int) -> None:
-        self.generator = torch.Generator().manual_seed(tokens * 1000 + outputs)
+        self.generator = torch.Generator(DEVICE).manual_seed(tokens * 1000 + outputs)
         self.dtype = dtype
         self.x = self.random(tokens, width)
         self.weight = pack(self.random(2 * outputs, width) * width**-0.5 + 0.01, scheme)
         self.bias, self.residual, self.gain = self.random(2 * outputs), self.random(tokens, outputs), self.random(width)
 
     def random(self, *sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=self.generator).to(DEVICE, self.dtype)
+        return torch.randn(*sizes, generator=self.generator, device=DEVICE).to(self.dtype)
 
     def check(self, parts: str, activation: str | None) -> None:
         """parts: letters of what takes part, bias, residual and norm."""
@@ -106,18 +106,17 @@ PARTS = ["".join(x) for x in itertools.product(("", "b"), ("", "r"), ("", "n"))]
 @DTYPES
 @EVERY_SCHEME
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_every_form_with_every_part(dtype: torch.dtype, scheme: Scheme, tokens: int) -> None:
+def test_every_form(dtype: torch.dtype, scheme: Scheme, tokens: int) -> None:
     made = Product(dtype, scheme, tokens, 5, 256)
-    for parts, activation in itertools.product(("", "brn"), (None, "silu")):
-        made.check(parts, activation)
+    made.check("brn", None)
+    made.check("", "silu")
 
 
-@DTYPES
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("activation", [None, "gelu_pytorch_tanh"])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_parts(dtype: torch.dtype, parts: str, activation: str | None, tokens: int) -> None:
-    Product(dtype, SCHEMES["int4 offsets"], tokens, 3, 192).check(parts, activation)
+def test_parts(parts: str, activation: str | None, tokens: int) -> None:
+    Product(torch.float16, SCHEMES["int4 offsets"], tokens, 3, 192).check(parts, activation)
 
 
 @EVERY_SCHEME
@@ -233,31 +232,42 @@ def test_the_rules_shapes_can_be_launched(kind: str, tokens: int, outputs: int, 
     assert alone.rows & (alone.rows - 1) == 0 and alone.columns & (alone.columns - 1) == 0
 
 
+def test_tiles_of_float32_inputs_are_half_as_wide() -> None:
+    """Else what one thread holds of them does not fit its registers."""
+    for group in (32, 4096):
+        half, whole = (packed_shape.matrix(5, 3072, 4096, group, 2, size)[0].columns for size in (4, 2))
+        assert (half, whole) == (128, 256)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="large")
 @EVERY_SCHEME
-@pytest.mark.parametrize("tokens", [1, 8, 16, 32, 128, 300])
-@pytest.mark.parametrize(("outputs", "width"), [(3072, 4096), (2048, 14336)])
-def test_real_sizes(scheme: Scheme, tokens: int, outputs: int, width: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 16, 128, 300])
+@pytest.mark.parametrize(
+    ("outputs", "width", "parts", "activation"), [(3072, 4096, "n", "silu"), (2048, 14336, "r", None)]
+)
+def test_real_sizes(scheme: Scheme, tokens: int, outputs: int, width: int, parts: str, activation: str | None) -> None:
     if scheme.kind == "fp8" and not scheme.group and tokens > packed_shape.TILED:
         pytest.skip("rounds activations")
-    made = Product(torch.bfloat16, scheme, tokens, outputs, width)
-    made.check("n", "silu")
-    made.check("r", None)
+    Product(torch.bfloat16, scheme, tokens, outputs, width).check(parts, activation)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU that multiplies fp8")
-@pytest.mark.parametrize("tokens", [257, 1000])
-def test_many_tokens_by_fp8_activations(tokens: int) -> None:
-    """Equal to the product of the rounded activations, near that of the given ones."""
-    made = Product(torch.bfloat16, Scheme("fp8", 0), tokens, 256, 1024)
+@pytest.mark.parametrize(("tokens", "width"), [(257, 1024), (1000, 1024), (300, 14336)])
+def test_many_tokens_by_fp8_activations(tokens: int, width: int) -> None:
+    """Near the product of the rounded activations: the GPU's sums, of fewer bits than float32, lose less to it than
+    rounding has lost already, however many they add.
+    """
+    made = Product(torch.bfloat16, Scheme("fp8", 0), tokens, 256, width)
     if not packed.scales(made.x, made.weight):
         pytest.skip("a GPU without fp8 products")
     found = packed.product(made.x, made.weight, made.bias)
     codes, scale = packed_full.rounded(made.x)
     want = (codes.double() * scale.double()) @ exact(made.weight).T + made.bias.double()
-    close(found, want, torch.bfloat16)
     plain = made.x.double() @ exact(made.weight).T + made.bias.double()
-    assert (found.double() - plain).norm() / plain.norm() < 0.04
+    assert (found.double() - want).norm() < (want - plain).norm() < 0.04 * plain.norm()
+    assert (found.double() - plain).norm() < 0.04 * plain.norm()
+    if width == 1024:
+        close(found, want, torch.bfloat16)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="large")
@@ -274,7 +284,7 @@ def test_codes_beyond_int32() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="needs CUDA graphs")
 @pytest.mark.parametrize("name", ["int4", "int4 offsets", "int8 64", "fp8"])
-@pytest.mark.parametrize("tokens", [1, 8, 16, 32, 128])
+@pytest.mark.parametrize("tokens", [1, 16, 128])
 def test_a_graph_holds_them(name: str, tokens: int) -> None:
     made = Product(torch.bfloat16, SCHEMES[name], tokens, 512, 1024)
     static = torch.zeros_like(made.x)

@@ -72,7 +72,7 @@ def decode(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule) ->
         step.block_tables, rule.scaling, rule.softcap, query.stride(0), query.stride(1), kv.stride(0), kv.stride(1),
         kv.stride(2), kv.stride(3), step.block_tables.stride(0), rule.window, chunks,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PADDED=wide, BLOCK_SIZE=kv.shape[1],
-        ROWS=rows, COLUMNS=columns_of(wide, kv, shape.tile_bytes), CHUNKS=_chunks(chunks),
+        ROWS=rows, COLUMNS=columns_of(wide, query, kv, shape.tile_bytes), CHUNKS=_chunks(chunks),
         GROUPS=triton.next_power_of_2(group), PARTS=_parts(group, wide), LEAST=shape.least,
         WINDOWED=bool(rule.window), CAPPED=bool(rule.softcap), SINKS=rule.sinks is not None,
         PRECISION=precision(query.dtype), STAGES=shape.stages, num_warps=shape.warps,

@@ -72,7 +72,7 @@ def split(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule, cou
     group, wide, sinks = heads // kv_heads, padded(dim), rule.sinks is not None
     partial = torch.empty(tokens, heads, count, dim, dtype=torch.float32, device=query.device)
     weight = torch.empty(tokens, heads, count, dtype=torch.float32, device=query.device)
-    columns = columns_of(wide, kv, SHAPE.tile_bytes)
+    columns = columns_of(wide, query, kv, SHAPE.tile_bytes)
     _split_kernel[(kv_heads, count, tokens)](
         partial, weight, query, kv, step.kv_lengths, step.block_tables, rule.scaling, rule.softcap,
         query.stride(0), query.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3),

@@ -50,9 +50,12 @@ def padded(dim: int) -> int:
     return max(16, int(triton.next_power_of_2(dim)))
 
 
-def columns_of(wide: int, kv: Tensor, tile_bytes: int) -> int:
-    """Context tokens of a tile: few values, so that shared memory is used alike for all types and head sizes."""
-    return max(16, min(128, tile_bytes // (wide * kv.itemsize)))
+def columns_of(wide: int, query: Tensor, kv: Tensor, tile_bytes: int) -> int:
+    """Context tokens of a tile: few values, so that shared memory is used alike for all types and head sizes.
+
+    A cache of a narrower type than the queries' is widened to it in registers, which the wider one must fit.
+    """
+    return max(16, min(128, tile_bytes // (wide * max(query.itemsize, kv.itemsize))))
 
 
 def processors(device: torch.device) -> int:

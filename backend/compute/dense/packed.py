@@ -56,7 +56,7 @@ def linear(
     if norm is not None:
         x = normed(x, None, *norm)
     if few and activation is None:
-        return by_matrix(*matrix(len(x), outputs, width, group, per), x, weight, bias, residual)
+        return by_matrix(*matrix(len(x), outputs, width, group, per, x.itemsize), x, weight, bias, residual)
     found = product(x, weight, bias) if few else many(x, weight, bias)
     if activation is not None:
         found = gated(found, activation)

@@ -34,12 +34,12 @@ def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
 
 
 @lru_cache(maxsize=1024)
-def matrix(tokens: int, outputs: int, width: int, group: int, per: int) -> tuple[Shape, int]:
+def matrix(tokens: int, outputs: int, width: int, group: int, per: int, itemsize: int = 2) -> tuple[Shape, int]:
     """For 2 tokens and more, and the tokens of a program; splits where there are few programs."""
     size = next((size for size in (16, 32, 64) if tokens <= size), 128)
     most = 64 if size == 128 else 128  # codes of 8 bits: what registers hold twice or more on a processor
     if per == 2:
-        most = 256 if size == 16 else 128
+        most = 256 if size == 16 and itemsize == 2 else 128  # of float32 inputs registers and shared memory hold half
     columns = most if group in GROUPS and group < width else _covering(width, most, least=32)
     programs = -(-outputs // 64) * -(-tokens // size)
     splits = _splits(programs, -(-width // columns), least=PROCESSORS * 3 // 2 if size <= 32 else PROCESSORS * 3 // 4)

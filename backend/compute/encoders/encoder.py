@@ -77,7 +77,9 @@ class Encoder:
     def _pack(self) -> None:
         """Compute without padding, once a trial has shown that the result stays."""
         trial = self._trial()
-        self._plain, self._packing = self._hidden(trial), Packing(self._model)
+        with plain_modules(self._model):
+            self._plain = self._hidden(trial)
+        self._packing = Packing(self._model)
         if reason := self._differs(lambda: self._hidden(trial), self._plain):
             self._packing.remove()
             self._packing = None

@@ -120,12 +120,9 @@ class Offload:
             return f"offload: all {count} layers stay on the device, {held >> 20} MiB"
         slots = SLOTS * max(layout.nbytes for layout in self._layouts)
         return (
-            f"offload: {len(self._layouts)} of {count} layers come from {self._place()}, {self.moved >> 20} MiB a step;"
-            f" weights take {held + slots >> 20} MiB of the device"
+            f"offload: {len(self._layouts)} of {count} layers come from {self._store.place},"
+            f" {self.moved >> 20} MiB a step; weights take {held + slots >> 20} MiB of the device"
         )
-
-    def _place(self) -> str:
-        return "host memory" if self._kind == "cpu" else f"a file in {checked(self._folder)}"
 
 
 def stack(model: nn.Module) -> list[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -20,28 +20,41 @@ CHUNK = 8 << 20
 READERS = 8
 """Reads that a disk has at once; a single one leaves it idle between them."""
 _IN_MEMORY = ("tmpfs", "ramfs")
+_locked: list[mmap.mmap] = []
+"""Mapped for good, as ranks need theirs: CUDA would hold whatever is mapped there next for locked, too."""
 
 
-def host_memory(nbytes: int, device: torch.device) -> Tensor:
-    """Whole pages; for a GPU locked, so that it copies them by itself while the host goes on.  # uint8 [nbytes]"""
+def host_memory(nbytes: int, device: torch.device, refused: Callable[[int], object] = int) -> Tensor:
+    """Whole pages; for a GPU locked, so that it copies them by itself while the host goes on.  # uint8 [nbytes]
+
+    Where CUDA locks only what it allocates (`refused` gets its error), they are torch's, rounded up to a power of two.
+    LoadError where it has none.
+    """
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # large pages are locked and copied with less ado; not every kernel has them
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
-    if device.type == "cuda":
-        _lock(memory)
-    return memory
-
-
-def _lock(memory: Tensor) -> None:
-    """Exactly these bytes, where torch's own pinned memory rounds up to a power of two."""
-    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-    if status != 0:
-        raise LoadError(f"{memory.nbytes >> 20} MiB of host memory cannot be locked for offload: CUDA error {status}")
+    if device.type != "cuda":
+        return memory
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
+    if error == 0:
+        _locked.append(pages)
+        return memory
+    refused(error)
+    with suppress(RuntimeError):  # CUDA tells its error again at the next launch: let that be this one
+        torch.ones(1, device=device)
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        raise LoadError(f"{nbytes >> 20} MiB of host memory cannot be locked for offload: CUDA error {error}") from None
 
 
 class Store(Protocol):
     """Regions, one a layer, in the order in which they were asked for."""
+
+    @property
+    def place(self) -> str:
+        """Where they lie, in words."""
 
     def region(self, nbytes: int) -> Tensor:
         """A new region's memory, to be filled.  # uint8 [nbytes]"""
@@ -64,9 +77,16 @@ class Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._regions = device, list[Tensor]()
+        self._refused: list[int] = []
+
+    @property
+    def place(self) -> str:
+        if not self._refused:
+            return "host memory"
+        return f"host memory of torch's (up to twice as much, for locking gave CUDA error {self._refused[0]})"
 
     def region(self, nbytes: int) -> Tensor:
-        self._regions.append(host_memory(nbytes, self._device))
+        self._regions.append(host_memory(nbytes, self._device, self._refused.append))
         return self._regions[-1]
 
     def tidy(self) -> None:
@@ -92,6 +112,10 @@ class File:
         self._sizes, self._starts = list[int](), list[int]()
         self._mapped: list[mmap.mmap] = []
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="offload-read")
+
+    @property
+    def place(self) -> str:
+        return f"a file in {self._folder}"
 
     def region(self, nbytes: int) -> Tensor:
         start = self._starts[-1] + self._sizes[-1] if self._starts else 0

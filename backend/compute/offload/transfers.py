@@ -44,7 +44,8 @@ class ToCuda:
     def __init__(self, store: Store, device: torch.device) -> None:
         self._store, self._device = store, device
         self._stream = torch.cuda.Stream(device)
-        self._thread = ThreadPoolExecutor(1, "offload", lambda: torch.cuda.set_device(device))
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._thread = ThreadPoolExecutor(1, "offload", torch.cuda.set_device, (index,))
         self._stages: list[tuple[Tensor, Any]] = []
 
     def slot(self, nbytes: int) -> Tensor:

@@ -17,7 +17,7 @@ from backend.compute.quantized.packed import Packed, Scheme
 from backend.compute.quantized.scheme import check_width
 from backend.compute.sharding import in_blocks, kind_of, layer_spans
 from backend.errors import LoadError
-from backend.quantized_folder import SCATTERED
+from backend.quantized_form import SCATTERED
 
 
 def replace(

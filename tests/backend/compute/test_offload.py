@@ -22,9 +22,9 @@ from backend.compute.encoders.load import load_encoder
 from backend.compute.offload import offload, stores
 from backend.compute.offload.offload import Offload, stack
 from backend.compute.offload.places import PAGE, Layout, empty_places, split_off
-from backend.compute.offload.stores import File, Memory, checked
+from backend.compute.offload.stores import File, Memory, checked, host_memory
 from backend.compute.offload.stream import Stream
-from backend.compute.offload.transfers import ToHost
+from backend.compute.offload.transfers import ToCuda, ToHost
 from backend.compute.quantized.packed import Packed, Scheme, pack
 from backend.config import EngineConfig
 from backend.devices import resolved
@@ -164,6 +164,45 @@ def test_memory_gives_back_what_was_put_in():
     store.region(PAGE).fill_(7)
     store.read(0, into := torch.zeros(2 * PAGE, dtype=torch.uint8))
     assert into[:PAGE].eq(7).all() and not into[PAGE:].any()
+
+
+class Cudart:
+    """CUDA's runtime, where it locks no memory."""
+
+    def __init__(self, error):
+        self.cudaHostRegister = lambda address, nbytes, flags: error
+
+
+def test_what_is_locked_stays_mapped(monkeypatch):
+    """Another mapping would else get its address, which CUDA still knows as locked."""
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(0))
+    addresses = {host_memory(PAGE, torch.device("cuda")).data_ptr() for _ in range(5)}
+    assert len(addresses) == 5
+    store = Memory(torch.device("cuda"))
+    assert store.region(PAGE).nbytes == PAGE and store.place == "host memory"
+
+
+def test_memory_that_cuda_does_not_lock_is_torchs_own(monkeypatch):
+    launched, empty = [], torch.empty
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(801))
+    monkeypatch.setattr(torch, "ones", lambda *_, device: launched.append(device))
+    store = Memory(torch.device("cuda"))
+    with patch.object(torch, "empty", lambda size, dtype, pin_memory: empty(size, dtype=dtype)):
+        assert store.region(PAGE).nbytes == PAGE
+    assert "locking gave CUDA error 801" in store.place and launched  # so that no later launch is told of the error
+    refusal = RuntimeError("CUDA error: out of memory")
+    with patch.object(torch, "empty", side_effect=refusal), pytest.raises(LoadError, match="locked for offload: CUDA"):
+        store.region(PAGE)
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_the_thread_that_reads_is_on_the_ranks_gpu(monkeypatch, device, index):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    ToCuda(Memory(CPU), torch.device(device))._thread.submit(int).result()
+    assert chosen == [index]
 
 
 def test_folders_that_cannot_hold_the_file(tmp_path, monkeypatch):

@@ -15,7 +15,11 @@ from torch import nn
 
 from backend.compute import proof
 from backend.compute.blocks import Block
+from backend.compute.dense import reference
 from backend.compute.graphs import sizes
+from backend.compute.quantized import cpu, product
+from backend.compute.quantized.layer import PackedLinear
+from backend.compute.quantized.packed import Scheme, pack
 from backend.errors import LoadError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
@@ -41,10 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return families.write("qwen3", tmp_path_factory.mktemp("models") / "qwen3")
 
 
-def opened(folder: Path, lines: list[str]) -> Any:
+def opened(folder: Path, lines: list[str], **given: Any) -> Any:
     """A decoder with fused layers and whole steps, on CPU."""
     rank = FusedDecoders(Birth("", EngineConfig(model=""), 0, 1, "", 0), lines.append)
-    config = settings(folder)
+    config = settings(folder, **given)
     rank.open(config, 60)
     decoder: Any = rank.decoder
     with patch.object(decoders, "DecodeGraph", Uncaptured):
@@ -84,6 +88,30 @@ def test_a_wrong_graph_is_named(folder: Path) -> None:
         decoder.prove()
 
 
+def test_a_wrong_product_of_packed_weights_is_noticed(folder: Path) -> None:
+    """A few numbers in a hundred, as of one group's scale that is taken for another's."""
+    decoder, usual = opened(folder, [], quantization="fp8"), reference.product
+
+    def wrong(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+        found = usual(x, weight, bias)
+        found[:, ::32] *= 2
+        return found
+
+    decoder.prove()
+    with patch.object(reference, "product", wrong), pytest.raises(LoadError, match="output proof: with fused_kernels"):
+        decoder.prove()
+
+
+def test_a_cache_of_float8_may_differ_more_in_any_dtype() -> None:
+    plain = torch.linspace(0, 1, 9)[None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert proof.check({"fused_kernels": plain + 0.15}, plain, dtype, torch.float8_e4m3fn) > 0.1
+        with pytest.raises(LoadError, match=r"differs from the plain computation by 0\.15"):
+            proof.check({"fused_kernels": plain + 0.15}, plain, dtype, dtype)
+    with pytest.raises(LoadError, match=r"with quantization .* 0.2 are allowed; serve it without"):
+        proof.check({"quantization": plain + 0.3}, plain, torch.bfloat16, torch.float8_e4m3fn)
+
+
 def test_numbers_that_only_one_way_has_are_a_difference() -> None:
     plain = torch.randn(2, 9)
     broken = plain.clone()
@@ -92,6 +120,18 @@ def test_numbers_that_only_one_way_has_are_a_difference() -> None:
     assert proof.difference(broken, plain) == float("inf")
     with pytest.raises(LoadError, match="output proof: with cuda_graphs"):
         proof.check({"fused_kernels": plain, "cuda_graphs": broken}, plain, torch.bfloat16)
+
+
+def test_packed_weights_are_multiplied_by_torch_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "product", lambda x, weight, bias: x.new_zeros(len(x), weight.shape[0]))
+    monkeypatch.setattr(product, "AT_ONCE", 4 * 64)  # two slices, and what is left
+    weight, given = pack(torch.randn(9, 64), Scheme("int8", 0)), torch.randn(3, 64)
+    layer = PackedLinear(weight, None, "whole", {}, None)
+    with proof.plain_modules(layer):
+        torch.testing.assert_close(layer(given), nn.functional.linear(given, weight.full()))
+    with proof.plain_modules(layer, products=False):
+        assert not layer(given).any()
+    assert not layer(given).any()
 
 
 def test_modules_compute_plainly_meanwhile() -> None:

@@ -16,7 +16,7 @@ from backend.compute.quantized.checkpoints.words import in_columns, in_rows, num
 from backend.compute.quantized.packed import FP8, Packed, Scheme, unpaired
 from backend.errors import LoadError
 from backend.model_folder import Tensor as Stored
-from backend.quantized_folder import Form
+from backend.quantized_form import Form
 
 Open = Callable[[str], Any]
 """A tensor's name -> its slice, of which no more is read than is asked for."""
