@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,10 @@ SHARED = "0.25"
 MOST_TOGETHER = 256
 """Sequences in a step, as max_sequences is unless set."""
 REFERENCES = ("transformers", "continuous")
+WARM = 128
+"""Tokens of output, at the most, of a request that warms up."""
+FEWER_BITS = ("quantization=", "kv_cache_dtype=")
+"""Settings with which the floor, which is that of 16 bits, is none."""
 
 
 class Contender(Protocol):
@@ -72,41 +77,48 @@ class Comparison:
     def run(self) -> None:
         """All contenders at a time, in turn in each round; with --in-turn each alone, all its rounds at once."""
         groups = [[name] for name in self._names] if self._options.in_turn else [self._names]
-        for names in groups:
-            contenders: dict[str, Contender] = {}
-            try:
-                for name in names:
-                    contenders[name] = made(name, self._options, alone=len(names) == 1)
-                for workload in self._workloads:
-                    self._compare(workload, contenders)
-                self._about_server(contenders)
-            finally:
-                for contender in contenders.values():
-                    contender.close()
-        self.table()
+        try:
+            for names in groups:
+                self._together(names)
+        finally:  # one that fails takes no figures of others with it
+            self.table()
+
+    def _together(self, names: list[str]) -> None:
+        contenders: dict[str, Contender] = {}
+        try:
+            for name in names:
+                contenders[name] = made(name, self._options, alone=len(names) == 1)
+            for workload in self._workloads:
+                self._compare(workload, contenders)
+            self._about_server(contenders)
+        finally:
+            for contender in contenders.values():
+                contender.close()
 
     def _compare(self, workload: Workload, contenders: dict[str, Contender]) -> None:
         for number in range(self._options.rounds + 1):  # the first warms up
             for name, contender in contenders.items():
                 if name.startswith("transformers") and any(each.at for each in workload.lengths):
                     continue
-                result = self._round(workload if number else _warming(workload), contender)
+                result = self._round(workload if number else _warming(workload), name, contender)
                 if number:
                     self._rounds.setdefault((workload.name, name), []).append(result)
-                    self._record(workload.name, name, result)
+                    self._record(workload, name, result)
 
-    def _round(self, workload: Workload, contender: Contender) -> dict[str, float]:
+    def _round(self, workload: Workload, name: str, contender: Contender) -> dict[str, float]:
         requests = workload.requests(self._chance)
         traces = contender.run(requests, workload.clients)
         prompts, outputs = [len(each.ids) for each in requests], [each.output for each in requests]
         found = figures(traces, prompts, outputs, self._options.slo)
-        if floor := self._floor(workload):
+        if floor := self._floor(workload, name):
             found["of floor"] = found["tok/s"] * floor / workload.output
         return found
 
-    def _floor(self, workload: Workload) -> float | None:
-        """Seconds; None on devices without a known limit, and where requests come one after the other."""
+    def _floor(self, workload: Workload, name: str) -> float | None:
+        """Seconds; None on devices without a known limit, for fewer bits, and where requests come one by one."""
         if self._limit is None or any(each.at for each in workload.lengths):
+            return None
+        if any(each.startswith(FEWER_BITS) for each in (*self._options.set, *name.split(":"))):
             return None
         pairs = [(each.prompt, each.output) for each in workload.lengths]
         together = workload.clients or min(len(pairs), MOST_TOGETHER)
@@ -124,14 +136,15 @@ class Comparison:
     def _witnessed(self, server: Server) -> None:
         for workload in self._workloads:
             result = measured(server.port, workload)
-            self._record(workload.name, "perf_analyzer", result)
+            self._record(workload, "perf_analyzer", result)
             shown = ", ".join(f"{name} {value:,.1f}" for name, value in result.items())
             print(f"perf_analyzer, {workload.name}: {shown} (times in ms)", flush=True)
 
-    def _record(self, workload: str, name: str, result: dict[str, float]) -> None:
+    def _record(self, workload: Workload, name: str, result: dict[str, float]) -> None:
         if self._options.json:
             about = {
-                "workload": workload, "contender": name, "model": model(self._options),
+                "workload": workload.name, "requests": len(workload.lengths), "contender": name,
+                "model": model(self._options),
                 "tp": self._options.tensor_parallel, "dtype": self._options.dtype, "set": self._options.set,
                 "date": time.strftime("%Y-%m-%d"), "versions": versions(),
             }  # fmt: skip
@@ -169,8 +182,9 @@ class Comparison:
 
 
 def _warming(workload: Workload) -> Workload:
-    """Enough of it to compile and to allocate what it will need."""
-    return workload.of_size(max(1, len(workload.lengths) // 4, min(len(workload.lengths), 2 * workload.clients)))
+    """Enough of it to compile and to allocate most of what it will need."""
+    few = workload.of_size(max(1, len(workload.lengths) // 4, min(len(workload.lengths), 2 * workload.clients)))
+    return replace(few, lengths=tuple(replace(each, output=min(each.output, WARM)) for each in few.lengths))
 
 
 def print_vllm() -> bool:

@@ -102,7 +102,8 @@ class Server:
         command = [sys.executable, "-m", "backend.server", "--port", self.port]
         command += ["--http-port", http, "--metrics-port", metrics]
         for key, value in parameters.items():
-            command += ["--model", value] if key == "model" else ["--set", f"{key}={value}"]
+            own = key in ("model", "tensor_parallel", "dtype")
+            command += [f"--{key.replace('_', '-')}", value] if own else ["--set", f"{key}={value}"]
         self._log = tempfile.NamedTemporaryFile("w+", prefix="bench-server-", suffix=".log")  # noqa: SIM115 (open as long as the server)
         self._process = subprocess.Popen(list(map(str, command)), stdout=self._log, stderr=subprocess.STDOUT, cwd=ROOT)
         self._await_ready()

@@ -49,14 +49,15 @@ Chunk = tuple[int, int]
 
 
 def step_seconds(
-    shape: Shape, chunks: list[Chunk], limit: Ceiling, world: int = 1, itemsize: int = 2, layers: float | None = None
-) -> float:
-    """The least time of a step in which every chunk samples one token; `layers`: bytes of an element of theirs."""
+    shape: Shape, chunks: list[Chunk], limit: Ceiling, world: int = 1, itemsize: int = 2,
+    layers: float | None = None, cache: int = 2,
+) -> float:  # fmt: skip
+    """The least time of a step in which every chunk samples one token; `layers`, `cache`: bytes of an element there."""
     tokens = sum(new for new, _ in chunks)
     stored = (itemsize if layers is None else layers) * shape.layer_parameters + itemsize * shape.head_parameters
     weights = stored / limit.bandwidth
     linear = 2 * (shape.layer_parameters * tokens + shape.head_parameters * len(chunks)) / limit.flops
-    return (max(weights, linear) + _attention(shape, chunks, limit, itemsize)) / world
+    return (max(weights, linear) + _attention(shape, chunks, limit, cache)) / world
 
 
 def _attention(shape: Shape, chunks: list[Chunk], limit: Ceiling, itemsize: int) -> float:

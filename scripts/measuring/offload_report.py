@@ -25,9 +25,8 @@ ROOM = 0.85
 def run(options: argparse.Namespace) -> None:
     """Everything that was asked for."""
     shape, report = SHAPES[options.shape], Report(options.json)
-    layers = options.layers or fitting(shape, options)
-    if layers < shape.layers:
-        print(f"{layers} of {options.shape}'s {shape.layers} layers: more do not fit into what holds them")
+    layers = options.layers = fitting(shape, options)
+    print(f"{layers} of {options.shape}'s {shape.layers} layers", flush=True)
     with tempfile.TemporaryDirectory(prefix="tritonspeed-hollow-") as folder:
         config = config_of(options, make_hollow(shape, layers, Path(folder)))
         os.environ.update(environment(config, 0))
@@ -37,11 +36,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def fitting(shape: Shape, options: argparse.Namespace) -> int:
-    """As many layers as there is room for."""
+    """As many layers as there is room for, --layers at the most."""
     folder = options.offload_folder or tempfile.gettempdir()
     free = free_host_memory() if options.offload == "cpu" else shutil.disk_usage(folder).free
-    size = {"int4": 0.57, "int8": 1.01, "fp8": 1.01}.get(options.quantization, 2.0)
-    return max(4, min(shape.layers, int(free * ROOM / (shape.layer_parameters / shape.layers * size))))
+    size = {"int4": 0.63, "int8": 1.07, "fp8": 1.01}.get(options.quantization, 2.0)
+    room = int(free * ROOM / (shape.layer_parameters / shape.layers * size))
+    return max(4, min(options.layers or shape.layers, room))
 
 
 def config_of(options: argparse.Namespace, folder: Path) -> EngineConfig:
@@ -65,7 +65,8 @@ class Steps:
         torch.set_num_threads(config.threads)
         self._options, self._config, self._report = options, config, report
         self._worker = OffloadWorker(Birth("", config, 0, 1, "", os.getpid()), lambda line: print(line, flush=True))
-        report.about |= {"shape": options.shape, "offload": options.offload, "quantization": options.quantization}
+        report.about |= {"shape": options.shape, "layers": options.layers, "offload": options.offload}
+        report.about |= {"quantization": options.quantization}
 
     def run(self) -> None:
         self._blocks, longest = share(self._config, [self._worker.capacity()])

@@ -61,11 +61,17 @@ def _full(report: Report, product: Any, batch: int, device: Any) -> float | None
     return float(found) if found else None
 
 
-def _weights(kind: str, group: int, product: Any, device: Any) -> list[Any]:
+def _scheme(kind: str, group: int) -> Any:
+    """As a configuration has it that says no more: int4 with offsets."""
     from backend.compute.quantized.packed import Scheme
+
+    return Scheme(kind, group if group and kind != "fp8" else GROUPS[kind], symmetric=kind != "int4")
+
+
+def _weights(kind: str, group: int, product: Any, device: Any) -> list[Any]:
     from measuring.packed import packed_weights
 
-    return list(packed_weights(Scheme(kind, group if group and kind != "fp8" else GROUPS[kind]), product, device))
+    return list(packed_weights(_scheme(kind, group), product, device))
 
 
 def _row(
@@ -87,10 +93,9 @@ def _row(
 
 def _swept(report: Report, product: Any, kind: str, group: int, batches: list[int]) -> None:
     from backend.compute.dense.packed_shape import TILED
-    from backend.compute.quantized.packed import Scheme
     from measuring.packed_sweep import ruled, sweep
 
-    scheme = Scheme(kind, group if group and kind != "fp8" else GROUPS[kind])
+    scheme = _scheme(kind, group)
     for batch in batches:
         if batch > TILED:
             continue

@@ -105,6 +105,15 @@ def write(shape: Shape, folder: Path) -> None:
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.save_pretrained(folder)
+    _let_go()
+
+
+def _let_go() -> None:
+    """Of the device's memory, which is all another process's from now on."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _described(shape: Shape) -> tuple[Any, dict[str, tuple[int, ...]]]:

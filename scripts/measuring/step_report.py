@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     if {"prefill", "decode", "sampled"} & set(parts):
         for kind in options.quantization.split(","):
             options.quantization = "" if kind == "none" else kind
-            model(report, options, parts, limit)
+            report.attempt(kind or "the model", lambda: model(report, options, parts, limit))
     if report.failed:
         raise SystemExit("bench_steps: failed: " + ", ".join(report.failed))
 
@@ -100,7 +100,7 @@ class Steps:
         self._config = config_of(options, folder, self._batches)
         self._profiled = set(filter(None, options.profile.split(",")))
         report.about |= {"model": options.shape or Path(folder).name, "tp": self._config.tensor_parallel}
-        report.about |= {"quantization": self._config.quantization}
+        report.about |= {"quantization": self._config.quantization, "set": options.set}
 
     def run(self, parts: list[str]) -> None:
         """All clocks first: a profiler that has been on once may slow launches down."""
@@ -188,9 +188,9 @@ class Steps:
             return None
         size, kind = 4 if self._config.dtype == "float32" else 2, self._config.quantization
         packed_size = {"": float(size), "int4": 0.5}.get(kind, 1.0)  # scales are left out
+        kept, world = 1 if self._config.kv_cache_dtype == "fp8" else size, self._config.tensor_parallel
         each = [
-            step_seconds(self._shape, list(step), self._limit, self._config.tensor_parallel, size, packed_size)
-            for step in timed.steps
+            step_seconds(self._shape, list(step), self._limit, world, size, packed_size, kept) for step in timed.steps
         ]
         return sum(each) / len(each)
 

@@ -6,6 +6,7 @@ same plans, and rank 0's clock counts.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import statistics
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+import torch
 
 from backend.compute.decoder import Decoder
 from backend.config import EngineConfig
@@ -138,4 +141,8 @@ class Alone:
         return [getattr(self._worker, method)(*arguments)]
 
     def close(self) -> None:
-        pass
+        """Let go of its memory: another model may follow in this process."""
+        del self._worker
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
