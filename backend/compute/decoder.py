@@ -134,6 +134,8 @@ class Decoder:
         Two prompts, and one more token.
         """
         packed = packed_weights(self._model).values()
+        if self._before_last() < 1:
+            return 0.0  # no token may follow another
         if not packed and not self._fused and not self._graphs and not self._onednn:
             return 0.0  # plain torch is what serves
         ways = {}
@@ -153,12 +155,15 @@ class Decoder:
         self._progress(f"output proof: logits within {found:.2g} of their spread of the plain computation's")
         return found
 
+    def _before_last(self) -> int:
+        """Tokens before the last one of the longest sequence."""
+        return min(self._cache.num_blocks * self._config.block_size, self._max_model_len) - 1
+
     def _proof(self, kernel: Any, graphs: bool) -> Tensor:
         """Logits [3, vocabulary] after two made-up prompts, which kernels for many tokens and for fewer compute, and
         after one more token.
         """
-        size, limit = self._config.block_size, self._cache.num_blocks * self._config.block_size
-        limit = min(limit, self._max_model_len) - 1
+        size, limit = self._config.block_size, self._before_last()
         ids = (np.arange(LONG + 1, dtype=np.int32) * 7919 + 13) % self._checkpoint.vocab_size
 
         def after(count: int) -> Tensor:
