@@ -205,9 +205,9 @@ def _ready(members: list[_Member], seconds: float) -> list[_Member]:
 
 
 _ON_CPU = {
-    # Threads that spin long at OpenMP's barriers stand still when another process has their core: on 2 cores with a busy
-    # neighbour, sleeping ones generated 4 times as many tokens a second. A few microseconds of spinning cost nothing
-    # there, and on a quiet machine a text of 60 tokens takes 7.4 ms in place of 10.
+    # Threads that spin long at OpenMP's barriers stand still when another process has their core: on 2 cores shared
+    # with a busy neighbour, sleeping ones generated 4 times as many tokens a second. Some microseconds of spinning
+    # cost nothing there, and on a quiet machine a text of 60 tokens takes 7.4 ms in place of 10.
     "GOMP_SPINCOUNT": "1000",
     # Bytes. By default glibc gives a layer's outputs back to the system and has them zeroed again for the next layer:
     # 10 to 17 % of an encoder's time.
