@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from backend.errors import LoadError
+from backend.errors import LoadError, require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("", "int8", "int4", "fp8")
@@ -114,36 +114,36 @@ class EngineConfig:
     """Seconds before the first restart; doubles with each failed one, up to 30."""
 
     def __post_init__(self) -> None:
-        _check(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        _check(self.device in DEVICES, f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
+        require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        require(self.device in DEVICES, f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         kinds = ", ".join(KV_DTYPES)
-        _check(self.kv_cache_dtype in KV_DTYPES, f"kv_cache_dtype must be one of {kinds}, not {self.kv_cache_dtype!r}")
+        require(self.kv_cache_dtype in KV_DTYPES, f"kv_cache_dtype must be one of {kinds}, not {self.kv_cache_dtype!r}")
         fraction = self.kv_cache_fraction
-        _check(0 <= fraction < 1, f"kv_cache_fraction must be at least 0 and below 1, not {fraction}")
+        require(0 <= fraction < 1, f"kv_cache_fraction must be at least 0 and below 1, not {fraction}")
         for name in _POSITIVE:
-            _check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         self._check_offload()
         for field in fields(self):
             if field.type in ("int", "float"):
                 value = getattr(self, field.name)
-                _check(value >= 0, f"{field.name} must not be negative, not {value}")
+                require(value >= 0, f"{field.name} must not be negative, not {value}")
         self._check_quantization()
 
     def _check_quantization(self) -> None:
         kind, group = self.quantization, self.quantization_group
-        _check(kind in QUANTIZATIONS, f"quantization must be one of int8, int4, fp8 or empty, not {kind!r}")
-        _check(bool(kind) or not group, "quantization_group is set, quantization is not")
-        _check(bool(kind) or self.quantization_symmetric is None, "quantization_symmetric is set, quantization is not")
-        _check(kind != "fp8" or not group, "quantization_group: fp8 has one scale a row")
-        _check(kind != "fp8" or self.symmetric, "quantization_symmetric: fp8 is always symmetric")
+        require(kind in QUANTIZATIONS, f"quantization must be one of int8, int4, fp8 or empty, not {kind!r}")
+        require(bool(kind) or not group, "quantization_group is set, quantization is not")
+        require(bool(kind) or self.quantization_symmetric is None, "quantization_symmetric is set, quantization is not")
+        require(kind != "fp8" or not group, "quantization_group: fp8 has one scale a row")
+        require(kind != "fp8" or self.symmetric, "quantization_symmetric: fp8 is always symmetric")
         sizes = ", ".join(map(str, QUANTIZATION_GROUPS))
-        _check(group in (0, *QUANTIZATION_GROUPS), f"quantization_group must be 0 or one of {sizes}, not {group}")
+        require(group in (0, *QUANTIZATION_GROUPS), f"quantization_group must be 0 or one of {sizes}, not {group}")
 
     def _check_offload(self) -> None:
         kind = self.offload
-        _check(kind in OFFLOADS, f"offload must be cpu, nvme or empty, not {kind!r}")
-        _check(kind == "nvme" or not self.offload_folder, "offload_folder is set, offload is not nvme")
-        _check(bool(kind) or not self.device_memory, "device_memory is set, offload is not")
+        require(kind in OFFLOADS, f"offload must be cpu, nvme or empty, not {kind!r}")
+        require(kind == "nvme" or not self.offload_folder, "offload_folder is set, offload is not nvme")
+        require(bool(kind) or not self.device_memory, "device_memory is set, offload is not")
 
     @property
     def symmetric(self) -> bool:
@@ -160,7 +160,7 @@ class EngineConfig:
         """LoadError that names the first of these parameters that is not its default, and says why it must be."""
         usual = {field.name: field.default for field in fields(self)}
         for name in names:
-            _check(getattr(self, name) == usual[name], f"{name} {getattr(self, name)!r}: {why}")
+            require(getattr(self, name) == usual[name], f"{name} {getattr(self, name)!r}: {why}")
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, str]) -> EngineConfig:
@@ -170,7 +170,7 @@ class EngineConfig:
         if unknown := sorted(given.keys() - types.keys()):
             near = get_close_matches(unknown[0], types, 3) or types
             raise LoadError(f"unknown parameter {unknown[0]!r} in config.pbtxt; known: {', '.join(near)}")
-        _check(bool(given.get("model")), "parameter 'model' is missing in config.pbtxt")
+        require(bool(given.get("model")), "parameter 'model' is missing in config.pbtxt")
         if given.get("offload"):
             given = {**_OFFLOADED, **given}
         return cls(**{name: _parse(name, types[name].removesuffix(" | None"), value) for name, value in given.items()})
@@ -196,11 +196,6 @@ _POSITIVE = (
     "step_timeout",
     "load_timeout",
 )
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise LoadError(message)
 
 
 def _parse(name: str, kind: str, value: str) -> Any:

@@ -84,11 +84,6 @@ def workload_seconds(
     return (max(weights, linear) + read / limit.bandwidth + _attention(shape, prompts, limit, 2)) / world
 
 
-def decode_rate(shape: Shape, batch: int, context: int, limit: Ceiling, world: int = 1) -> float:
-    """Tokens a second of `batch` sequences of `context` tokens, at the most."""
-    return batch / step_seconds(shape, [(1, context)] * batch, limit, world)
-
-
 def cache_seconds(tokens: int, kv_heads: int, head_dim: int, limit: Ceiling, itemsize: int = 2) -> float:
     """Reading one layer's keys and values of so many tokens."""
     return tokens * 2 * kv_heads * head_dim * itemsize / limit.bandwidth

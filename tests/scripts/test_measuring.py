@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from measuring import gpu_trace, shapes
-from measuring.floors import H100, H200, ceiling, decode_rate, step_seconds, workload_seconds
+from measuring.floors import H100, H200, ceiling, step_seconds, workload_seconds
 from measuring.report import Report
 from measuring.schedules import Play, decodes, prefills
 from measuring.shapes import SHAPES, Shape
@@ -24,10 +24,14 @@ TABLE = {
 PLAY = Play(num_blocks=60, block_size=4, step_tokens=32, max_sequences=8, vocab=100)
 
 
+def decode_seconds(shape, batch, world=1):
+    return step_seconds(shape, [(1, 1024)] * batch, H200, world)
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_floors_of_decode_steps(name):
     for batch, rate in TABLE[name].items():
-        assert decode_rate(SHAPES[name], batch, 1024, H200) == pytest.approx(rate, rel=1e-3)
+        assert batch / decode_seconds(SHAPES[name], batch) == pytest.approx(rate, rel=1e-3)
 
 
 def test_floors_of_prefill_and_of_ranks():
@@ -35,7 +39,7 @@ def test_floors_of_prefill_and_of_ranks():
     assert step_seconds(shape, [(2048, 2048)], H200) == pytest.approx(37.6e-3, rel=1e-2)
     assert step_seconds(shape, [(8192, 8192)], H200) == pytest.approx(167e-3, rel=1e-2)
     assert step_seconds(shape, [(1024, 2048)], H200) > step_seconds(shape, [(1024, 1024)], H200)
-    assert 2 * decode_rate(shape, 8, 1024, H200) == pytest.approx(decode_rate(shape, 8, 1024, H200, world=2))
+    assert decode_seconds(shape, 8) == pytest.approx(2 * decode_seconds(shape, 8, world=2))
 
 
 def test_the_floor_of_a_workload_is_that_of_its_steps():
