@@ -10,6 +10,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Mapping
+from ctypes.util import find_library
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +203,7 @@ def environment(
     Files that they make for a while come to `temporary`, which the launcher removes.
     """
     folder = str(Path(sys.executable).parent)
+    libraries = [path for path in (inherited.get("LD_LIBRARY_PATH"), _libpython()) if path]
     return {
         "OMP_NUM_THREADS": "1",  # for the stub; each rank sets its own number
         "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
@@ -209,8 +211,16 @@ def environment(
         "TRITON_CACHE_DIR": str(cache / "triton"),  # compiled kernels; else in the home, which a container may lack
         **inherited,
         "PATH": f"{folder}{os.pathsep}{inherited.get('PATH', os.defpath)}",
+        **({"LD_LIBRARY_PATH": os.pathsep.join(libraries)} if libraries else {}),
         "PYTHONUNBUFFERED": "1",
         "TMPDIR": str(temporary),
         **({VARIABLE: otel} if otel else {}),
         "TRITONSPEED_PYTHON": sys.executable,
     }
+
+
+def _libpython() -> str:
+    """Folder of the interpreter's shared library, which stubs load, where the system does not know it (pyenv, say)."""
+    known = find_library(f"python{sys.version_info.major}.{sys.version_info.minor}")
+    shared = sysconfig.get_config_var("Py_ENABLE_SHARED") and not known
+    return str(sysconfig.get_config_var("LIBDIR")) if shared else ""

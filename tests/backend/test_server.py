@@ -408,6 +408,24 @@ def test_stubs_get_this_python_first_on_path(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("known", "shared", "before", "after"),
+    [
+        ("libpython3.so", 1, None, None),
+        (None, 0, None, None),
+        (None, 1, None, "/opt/python/lib"),
+        (None, 1, "/a:/b", "/a:/b:/opt/python/lib"),
+        ("libpython3.so", 1, "/a", "/a"),
+    ],
+)
+def test_stubs_find_a_libpython_that_the_system_does_not_know(tmp_path, monkeypatch, known, shared, before, after):
+    variables = {"Py_ENABLE_SHARED": shared, "LIBDIR": "/opt/python/lib"}
+    monkeypatch.setattr(tritonserver, "find_library", lambda name: known)
+    monkeypatch.setattr(tritonserver.sysconfig, "get_config_var", variables.get)
+    inherited = {"LD_LIBRARY_PATH": before} if before else {}
+    assert tritonserver.environment(tmp_path, tmp_path / "tmp", inherited).get("LD_LIBRARY_PATH") == after
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--set", "tensor_paralel=2"], "unknown parameter 'tensor_paralel'"),
