@@ -33,7 +33,11 @@ def required(path: Path, kind: str) -> dict[str, Any]:
 
 def optional(path: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is no such file."""
-    return _object(path, content(path)) if path.is_file() else {}
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that no file can have
+        raise LoadError(f"{path!s:.200} cannot be read: {error.strerror}") from None
+    return _object(path, content(path)) if there else {}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from backend import families
@@ -75,6 +75,7 @@ TRANSFORMER = keys("do_lower_case", "max_seq_length", "modality_config", "query_
 
 @MANY
 @given(st.one_of(JSON, st.lists(MODULE, max_size=4)))
+@example([{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "a" * 5000}])
 def test_any_modules_json(folder, modules):
     put(folder / "modules.json", modules)
     _read(lambda: pooling_of(folder, Checkpoint.open(folder)))
