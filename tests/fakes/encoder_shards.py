@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
 from pathlib import Path
 
 import torch
+from rank_processes import Ranks
 
-LIMIT = 240
-"""Seconds for a group; a first one compiles DeepSpeed's operator."""
 HEADS = {
     "AutoModel": "last_hidden_state",
     "AutoModelForSequenceClassification": "logits",
@@ -47,27 +44,11 @@ def plain(folder, auto):
 
 def sharded(cases, world):
     """What `world` ranks compute of each (folder, auto): by rank, then case; an error's text where it is refused."""
-    scratch = Path(tempfile.mkdtemp(prefix="tritonspeed-encoders-"))
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, world, scratch, cases), daemon=True) for rank in range(world)]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(LIMIT)
-        assert [process.exitcode for process in ranks] == [0] * world
-        return [torch.load(scratch / f"{rank}.pt", weights_only=False) for rank in range(world)]
-    finally:
-        for process in ranks:
-            process.kill()
+    return Ranks(world, _attempts, cases).results()
 
 
-def _rank(rank, world, scratch, cases):
-    from backend.compute.tensor_parallel import connect
-
-    torch.set_num_threads(1)
-    connect(rank, world, torch.device("cpu"), scratch)
-    torch.save([_attempt(Path(folder), auto, world) for folder, auto in cases], scratch / f"{rank}.pt")
+def _attempts(rank, world, cases):
+    return [_attempt(Path(folder), auto, world) for folder, auto in cases]
 
 
 def _attempt(folder, auto, world):

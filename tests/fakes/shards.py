@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +11,7 @@ from unittest.mock import patch
 
 import families
 import torch
-
-LIMIT = 240
-"""Seconds for a group; a first one compiles DeepSpeed's operator."""
+from rank_processes import Ranks
 
 
 @dataclass(frozen=True)
@@ -44,40 +40,13 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Group:
-    """`world` ranks that load `cases` one after the other."""
-
-    def __init__(self, world: int, cases: list[Case]) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="tritonspeed-shards-"))
-        context = multiprocessing.get_context("spawn")
-        self.ranks = [
-            context.Process(target=_rank, args=(rank, world, self.folder, cases), daemon=True) for rank in range(world)
-        ]
-        for process in self.ranks:
-            process.start()
-
-    def results(self) -> list[list[Result]]:
-        """Wait for the ranks; results by rank, then case."""
-        try:
-            for process in self.ranks:
-                process.join(LIMIT)
-            assert [process.exitcode for process in self.ranks] == [0] * len(self.ranks)
-            return [torch.load(_answer(self.folder, rank), weights_only=False) for rank in range(len(self.ranks))]
-        finally:
-            for process in self.ranks:
-                process.kill()
+def start(world: int, cases: list[Case]) -> Ranks:
+    """`world` ranks that load `cases` one after the other; each gives a Result a case."""
+    return Ranks(world, _attempts, cases)
 
 
-def _answer(folder: Path, rank: int) -> Path:
-    return folder / f"answer-{rank}.pt"
-
-
-def _rank(rank: int, world: int, folder: Path, cases: list[Case]) -> None:
-    from backend.compute.tensor_parallel import connect
-
-    torch.set_num_threads(1)
-    connect(rank, world, torch.device("cpu"), folder)
-    torch.save([_attempt(case, rank, world) for case in cases], _answer(folder, rank))
+def _attempts(rank: int, world: int, cases: list[Case]) -> list[Result]:
+    return [_attempt(case, rank, world) for case in cases]
 
 
 def _attempt(case: Case, rank: int, world: int) -> Result:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
-from pathlib import Path
-
 import torch
-
-LIMIT = 240
-"""Seconds for a group; a first one compiles DeepSpeed's operator."""
+from rank_processes import Ranks
 
 
 def models():
@@ -49,30 +43,15 @@ def compute(model):
 
 def split_and_computed(world):
     """What each rank computes: by rank, then name."""
-    scratch = Path(tempfile.mkdtemp(prefix="tritonspeed-split-"))
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, world, scratch), daemon=True) for rank in range(world)]
-    for process in ranks:
-        process.start()
-    try:
-        for process in ranks:
-            process.join(LIMIT)
-        assert [process.exitcode for process in ranks] == [0] * world
-        return [torch.load(scratch / f"{rank}.pt") for rank in range(world)]
-    finally:
-        for process in ranks:
-            process.kill()
+    return Ranks(world, _split_and_computed).results()
 
 
-def _rank(rank, world, scratch):
+def _split_and_computed(rank, world):
     from backend.compute.split_loaded import split
-    from backend.compute.tensor_parallel import connect
 
-    torch.set_num_threads(1)
-    connect(rank, world, torch.device("cpu"), scratch)
     found = {}
     for name, model in models().items():
         before = sum(value.numel() for value in model.parameters())
         split(model, rank, world, torch.device("cpu"))
         found[name] = compute(model), sum(value.numel() for value in model.parameters()) / before
-    torch.save(found, scratch / f"{rank}.pt")
+    return found

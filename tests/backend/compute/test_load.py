@@ -20,7 +20,7 @@ sys.path.insert(0, str(FAKES))
 
 import families  # noqa: E402
 import shared_memory  # noqa: E402
-from shards import Case, Group, Result  # noqa: E402
+from shards import Case, Result, start  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
@@ -116,7 +116,7 @@ def results(folders: dict[str, Path]) -> dict[tuple[str, int], list[Result]]:
     wanted: dict[int, list[str]] = {1: list(folders), 2: list(folders), 3: list(THREE)}
     found: dict[tuple[str, int], list[Result]] = {}
     for world, names in wanted.items():
-        by_rank = Group(world, [Case(folders[name]) for name in names]).results()
+        by_rank = start(world, [Case(folders[name]) for name in names]).results()
         found |= {(name, world): [rank[index] for rank in by_rank] for index, name in enumerate(names)}
     return found
 
@@ -201,7 +201,7 @@ def pair(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     right |= {f"{name} in bf16": Case(folders[name], torch.bfloat16, None) for name in ("llama", "gemma2")}
     if SAMPLE.is_dir():
         right["sample"] = Case(SAMPLE, inputs=SAMPLE_TOKENS)
-    groups = [(list(cases), Group(2, list(cases.values()))) for cases in (left, right)]
+    groups = [(list(cases), start(2, list(cases.values()))) for cases in (left, right)]
     found: dict[str, list[Result]] = {}
     for names, group in groups:
         found |= dict(zip(names, map(list, zip(*group.results(), strict=True)), strict=True))

@@ -1,10 +1,8 @@
 """Checkpoints that are quantized already give the logits of the full weights that their codes mean."""
 
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 from quantized_folders import CONFIGS, write
+from rank_processes import Ranks
 from tiny_encoders import write as write_encoder
 
 SHAPE = {
@@ -119,30 +118,14 @@ def test_joined_projections(tmp_path):
     assert (logits(loaded(folder)) - want).abs().max() < 1e-5 * want.abs().max()
 
 
-def rank_of_two(rank, scratch, folders):
-    from backend.compute.tensor_parallel import connect
-
-    torch.set_num_threads(1)
-    connect(rank, 2, torch.device("cpu"), scratch)
-    torch.save({name: logits(loaded(path, rank, 2)) for name, path in folders.items()}, Path(scratch) / f"{rank}.pt")
+def all_logits(rank, world, folders):
+    return {name: logits(loaded(path, rank, world)) for name, path in folders.items()}
 
 
 def test_two_ranks_compute_what_one_does(folders, tmp_path):
     found = {name: folders(name) for name in SPLIT} | {"glm4": joined_projections(tmp_path, "glm4")}
     paths = {name: folder for name, (folder, _, _) in found.items()}
-    scratch = tempfile.mkdtemp(prefix="tritonspeed-checkpoints-")
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=rank_of_two, args=(rank, scratch, paths), daemon=True) for rank in range(2)]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(240)
-        assert [process.exitcode for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    computed = [torch.load(Path(scratch) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    computed = Ranks(2, all_logits, paths).results()
     for name, (_, base, full) in found.items():
         want = reference(base, full)
         for rank in computed:

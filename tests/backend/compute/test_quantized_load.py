@@ -1,9 +1,7 @@
 """Models whose weights are packed as they are read: on one rank and two, what is refused, and the memory it takes."""
 
-import multiprocessing
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
+from rank_processes import Ranks
 from tiny_encoders import write as write_encoder
 
 ROOT = Path(__file__).parents[3]
@@ -76,19 +75,17 @@ def encoded(folder, auto, world, **settings):
         return model(TOKENS).logits, {name: weight.full() for name, weight in packed_weights(model).items()}
 
 
-def rank_of_two(rank, scratch, llama, bert):
-    from backend.compute.tensor_parallel import connect
+def all_computed(rank, world, llama, bert):
     from backend.errors import LoadError
 
-    torch.set_num_threads(1)
-    connect(rank, 2, torch.device("cpu"), scratch)
-    found = {name: computed(llama, rank, 2, **given)[0] for name, given in SETTINGS.items()}
-    found |= {f"bert {name}": encoded(bert, "AutoModelForMaskedLM", 2, **given)[0] for name, given in SETTINGS.items()}
+    found = {name: computed(llama, rank, world, **given)[0] for name, given in SETTINGS.items()}
+    masked = "AutoModelForMaskedLM"
+    found |= {f"bert {name}": encoded(bert, masked, world, **given)[0] for name, given in SETTINGS.items()}
     try:
-        computed(llama, rank, 2, quantization="int4", quantization_group=128)
+        computed(llama, rank, world, quantization="int4", quantization_group=128)
     except LoadError as error:
         found["cut"] = str(error)
-    torch.save(found, Path(scratch) / f"{rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +103,7 @@ def bert(tmp_path_factory):
 @pytest.fixture(scope="module")
 def split(llama, bert):
     """What each of two ranks computed."""
-    scratch = tempfile.mkdtemp(prefix="tritonspeed-quantized-")
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=rank_of_two, args=(rank, scratch, llama, bert), daemon=True) for rank in range(2)]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(240)
-        assert [process.exitcode for process in ranks] == [0, 0]
-        return [torch.load(Path(scratch) / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    finally:
-        for process in ranks:
-            process.kill()
+    return Ranks(2, all_computed, llama, bert).results()
 
 
 @pytest.fixture(scope="module")
