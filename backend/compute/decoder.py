@@ -22,7 +22,7 @@ from backend.compute.footprint import footprint
 from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
 from backend.compute.offload.offload import Offload
-from backend.compute.proof import check, plain_modules
+from backend.compute.proof import check, difference, plain_modules, shaken
 from backend.compute.quantized.layer import packed_weights
 from backend.compute.room import Room, nothing, told
 from backend.compute.sampler import BROKEN, Sampler
@@ -148,11 +148,20 @@ class Decoder:
         if self._graphs:
             ways["cuda_graphs"] = self._proof(None, graphs=True)
         rounded = {torch.float8_e4m3fn for weight in packed if weight.scheme.kind == "fp8"}  # activations of prompts
-        found = check(ways, plain, self._dtype, self._kept, *rounded)
+        dtypes = (self._dtype, self._kept, *rounded)
+        found = check(ways, plain, *dtypes, noise=lambda: self._noise(plain, *dtypes))
         if self._device.type == "cuda":
             taken = torch.cuda.memory_reserved(self._device)
             self._progress(f"memory: {gib(taken)} a rank, {gib(self._cache.nbytes)} of it KV cache")
         self._progress(f"output proof: logits within {found:.2g} of their spread of the plain computation's")
+        return found
+
+    def _noise(self, plain: Tensor, *dtypes: torch.dtype) -> float:
+        """How far the plain computation's logits move when each layer rounds what it adds another way."""
+        layers = blocks.layers_of(self._model, len(self._specs)) or ()
+        with plain_modules(self._model), shaken(layers, *dtypes):
+            found = difference(self._proof(reference, graphs=False), plain)
+        self._progress(f"output proof: rounding alone moves logits by {found:.2g} of their spread")
         return found
 
     def _before_last(self) -> int:

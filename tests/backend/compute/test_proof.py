@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from backend.compute import proof
@@ -110,6 +111,38 @@ def test_a_cache_of_float8_may_differ_more_in_any_dtype() -> None:
             proof.check({"fused_kernels": plain + 0.15}, plain, dtype, dtype)
     with pytest.raises(LoadError, match=r"with quantization .* 0.2 are allowed; serve it without"):
         proof.check({"quantization": plain + 0.3}, plain, torch.bfloat16, torch.float8_e4m3fn)
+
+
+def test_a_model_that_amplifies_rounding_may_differ_more() -> None:
+    plain, asked = torch.linspace(0, 1, 9)[None], []
+
+    def noise(share: float) -> Any:
+        return lambda: asked.append(share) or share
+
+    off = {"fused_kernels": plain + 0.15, "cuda_graphs": plain + 0.16}
+    assert proof.check(off, plain, torch.bfloat16, noise=noise(0.06)) > 0.15
+    assert asked == [0.06]  # once: it costs another computation
+    with pytest.raises(LoadError, match=r"with fused_kernels .* 0.15 .* 0.09 are allowed"):
+        proof.check(off, plain, torch.bfloat16, noise=noise(0.03))
+    with pytest.raises(LoadError, match=r"with quantization .* 0.5 "):
+        proof.check({"quantization": plain + 0.5}, plain, torch.bfloat16, noise=noise(1.0))
+    assert asked == [0.06, 0.03]  # past what any model may
+
+
+def test_noise_is_what_rounding_makes(tmp_path: Path) -> None:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        families.write("llama", tmp_path / "llama")
+    ).bfloat16()
+    ids = (torch.arange(40) * 7919 % model.config.vocab_size)[None]
+    with torch.inference_mode():
+        plain = model(ids).logits[0]
+        with proof.shaken(model.model.layers, torch.bfloat16):
+            noise = proof.difference(model(ids).logits[0], plain)
+        with proof.shaken(model.model.layers, torch.bfloat16, torch.float8_e4m3fn):
+            coarse = proof.difference(model(ids).logits[0], plain)
+        assert torch.equal(model(ids).logits[0], plain)
+        rounding = proof.difference(plain, model.float()(ids).logits[0])
+    assert rounding / 4 < noise < rounding * 4 and coarse > 4 * noise
 
 
 def test_numbers_that_only_one_way_has_are_a_difference() -> None:
