@@ -126,7 +126,9 @@ def _of_generate(config: EngineConfig, checkpoint: Checkpoint) -> Fit:
     weights, moved = _weights(checkpoint, config, device, item, heads[0] / sum(heads))
     wide = _activations(checkpoint, item, config.tensor_parallel)
     logits = config.max_sequences * checkpoint.vocab_size
-    graphs = _GRAPHS + config.max_sequences * wide + logits * item if device == "cuda" and machine.cuda_graphs else 0
+    graphs = 0
+    if device == "cuda" and machine.cuda_graphs:
+        graphs = _GRAPHS + (config.max_sequences + machine.step_tokens) * wide + 2 * logits * item
     step = machine.step_tokens * wide + (logits * _SAMPLED if device == "cuda" else 0)
     kept = 1 if config.kv_cache_dtype == "fp8" else item
     kv_token = 2 * geometry.layers * heads[0] * geometry.head_dim * kept

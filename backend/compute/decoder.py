@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.checkpoint import dtype_name
-from backend.compute import blocks, norms, onednn, rope_table
+from backend.compute import blocks, norms, onednn, prompt_graphs, rope_table
 from backend.compute.attention import reference
 from backend.compute.attention.families import length_limit
 from backend.compute.attention.step import Step
@@ -22,6 +22,7 @@ from backend.compute.footprint import footprint
 from backend.compute.graphs import DecodeGraph, Inputs, sizes
 from backend.compute.load import load
 from backend.compute.offload.offload import Offload
+from backend.compute.prompt_graphs import PromptGraph
 from backend.compute.proof import check, difference, plain_modules, shaken
 from backend.compute.quantized.layer import packed_weights
 from backend.compute.room import Room, nothing, told
@@ -70,6 +71,7 @@ class Decoder:
         slots = self._config.max_sequences + 1  # one for padding
         self._last = torch.zeros(slots, dtype=torch.int64, device=self._device)
         self._graphs: dict[int, DecodeGraph] = {}
+        self._prompts: dict[int, PromptGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
     def _fuse(self) -> None:
@@ -110,12 +112,14 @@ class Decoder:
 
     @torch.inference_mode()
     def warm_up(self) -> float:
-        """A prefill of the full budget, a decode of every size that has a CUDA graph (else of one and of all), and the
-        output proof, whose difference it returns.
+        """A prefill of the full budget, CUDA graphs of prompts, a decode of every size that has one (else of one and of
+        all), and the output proof, whose difference it returns.
         """
         config, longest = self._config, min(self._max_model_len, self._cache.num_blocks * self._config.block_size)
         self._run(prefill(config.step_tokens, longest, config.block_size, config.max_sequences))
         graphs = self._device.type == "cuda" and config.cuda_graphs
+        if graphs:
+            self._capture_prompts()
         captured = sizes(config.max_sequences)[::-1] if graphs else [1, config.max_sequences]
         for done, size in enumerate(captured):  # the largest first: the others fit into its memory
             if graphs:
@@ -145,7 +149,7 @@ class Decoder:
             with plain_modules(self._model, products=False):
                 ways["quantization"] = self._proof(reference, graphs=False)
         ways["fused_kernels"] = self._proof(None, graphs=False)
-        if self._graphs:
+        if self._graphs or self._prompts:
             ways["cuda_graphs"] = self._proof(None, graphs=True)
         rounded = {torch.float8_e4m3fn for weight in packed if weight.scheme.kind == "fp8"}  # activations of prompts
         dtypes = (self._dtype, self._kept, *rounded)
@@ -176,7 +180,8 @@ class Decoder:
         ids = (np.arange(LONG + 1, dtype=np.int32) * 7919 + 13) % self._checkpoint.vocab_size
 
         def after(count: int) -> Tensor:
-            return self._logits(replace(prefill(count, count, size, 1), input_ids=ids[:count]), kernel)[0].clone()
+            plan = replace(prefill(count, count, size, 1), input_ids=ids[:count])
+            return self._logits(plan, kernel, graphs)[0].clone()
 
         few = min(SHORT, limit)
         prompts = [after(min(LONG, limit, self._config.step_tokens)), after(few)]
@@ -211,7 +216,7 @@ class Decoder:
             if plan.sampling.plain:
                 return tokens, None
         else:
-            logits = self._logits(plan)
+            logits = self._logits(plan, graphs=True)
         slots, rows = self._put(plan.slots).long(), self._put(plan.rows)
         token_ids, logprobs = self._sampler.sample(logits, plan.sampling, slots[rows], plan.histories)
         if self._world > 1 and self._device.type == "cuda" and not plan.sampling.greedy:
@@ -219,8 +224,10 @@ class Decoder:
         self._last[slots[rows]] = token_ids.clamp(min=0)  # of a broken row too: the next step is already on its way
         return token_ids, logprobs
 
-    def _logits(self, plan: Plan, kernel: Any = None) -> Tensor:
+    def _logits(self, plan: Plan, kernel: Any = None, graphs: bool = False) -> Tensor:
         """[R, vocabulary], of the last token of each chunk that samples; `kernel` in place of the usual attention."""
+        if graphs and (size := prompt_graphs.covering(self._prompts, len(plan.input_ids))):
+            return self._prompts[size].replay(plan, Step.from_plan(plan, self._device, self._cache))
         count = len(plan.rows)
         ids, slots = self._put(plan.input_ids), self._put(np.repeat(plan.slots, np.diff(plan.query_starts)))
         ends = self._put(plan.query_starts[1:][plan.rows] - 1 if count else np.zeros(1, np.int64)).long()
@@ -239,6 +246,18 @@ class Decoder:
         )
         logits: Tensor = output.logits[0]
         return logits
+
+    def _capture_prompts(self) -> None:
+        config, places = self._config, prompt_graphs.Places()
+        step = Step.from_plan(prefill(1, 1, config.block_size, 1), self._device, self._cache)
+
+        def forward(ids: Tensor, positions: Tensor, slots: Tensor, step: Step, ends: Tensor) -> Tensor:
+            return self._forward(self._known(ids, slots), positions, step, ends)
+
+        for size in prompt_graphs.sizes(config.step_tokens)[::-1]:
+            inputs = prompt_graphs.Inputs(self._cache, size, min(size, config.max_sequences), len(self._last) - 1)
+            self._prompts[size] = PromptGraph(forward, inputs, step, places, self._pool)
+        self._progress(f"warm-up: prompts of up to {config.step_tokens} tokens in {len(self._prompts)} graphs")
 
     def _capture(self, size: int) -> DecodeGraph:
         width = -(-self._max_model_len // self._config.block_size)

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from decoding import Decoders
 
-from backend.compute import blocks, fused
+from backend.compute import blocks, fused, prompt_graphs
 from backend.compute.graphs import Inputs
 from backend.config import EngineConfig
 from backend.generation.capacity import Capacity
@@ -45,3 +45,28 @@ class Uncaptured:
             tokens = self._decode._sampler._chosen(logits[:count], plan.sampling)  # no kernels here
             self._decode._last[inputs.slots[:count]] = tokens.clamp(min=0)
         return logits[:count], tokens[:count]
+
+
+class UncapturedPrompt:
+    """The same for steps with prompts: attention is called where a piece would end."""
+
+    replays = 0
+
+    def __init__(self, forward: Any, inputs: prompt_graphs.Inputs, step: Any, places: Any, pool: Any) -> None:
+        self._forward, self._inputs, self._places = forward, inputs, places
+        self._compute(step, lambda attention, output: None)
+
+    def replay(self, plan: Plan, live: Any) -> Any:
+        UncapturedPrompt.replays += 1
+
+        def between(attention: prompt_graphs.Attention, output: Any) -> None:
+            found = attention(live)
+            output[: len(found)].copy_(found)
+
+        self._inputs.fill(plan)
+        return self._compute(live, between)[: len(plan.rows)]
+
+    def _compute(self, step: Any, between: prompt_graphs.Between) -> Any:
+        given = self._inputs
+        cut = replace(step, kv_slots=given.kv_slots, kernel=prompt_graphs.Cut(self._places, between), kept={})
+        return self._places.copied("logits", self._forward(given.ids, given.positions, given.slots, cut, given.ends))

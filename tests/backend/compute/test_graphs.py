@@ -16,17 +16,22 @@ import pytest
 import torch
 
 from backend.compute import decoder as decoders
+from backend.compute import prompt_graphs
 from backend.compute.cache import KVCache, LayerSpec
-from backend.compute.decoder import decode
+from backend.compute.decoder import decode, prefill
 from backend.compute.graphs import Inputs, sizes
+from backend.config import EngineConfig
 from backend.generation.plan import LAST_TOKEN
 from backend.generation.sequence import SamplingParams
+from backend.ranks.rank import Birth
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "fakes"))
 
 import families
 from decoding import local, play, sequence, settings
-from fused_decoding import Uncaptured
+from fused_decoding import FusedDecoders, Uncaptured, UncapturedPrompt
+
+BIRTH = Birth("", EngineConfig(model=""), 0, 1, "", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -64,19 +69,41 @@ def test_a_plan_is_laid_out_and_the_rest_is_padding() -> None:
     assert inputs.step.kv_slots.tolist() == [0, 24, 24, 24] and inputs.step.kv_lengths.tolist() == [1, 0, 0, 0]
 
 
+def test_prompts_are_computed_by_the_next_size() -> None:
+    captured = prompt_graphs.sizes(2048)
+    assert captured[:2] == [64, 128] and captured[-2:] == [1024, 2048]
+    assert prompt_graphs.sizes(100) == [64, 100] and prompt_graphs.sizes(30) == [30]
+    asked = (1, 64, 65, 1024, 1025, 1984, 1985, 2048, 2049)
+    assert [prompt_graphs.covering(captured, tokens) for tokens in asked] == [64, 64, 128, 1024, 0, 0, 2048, 2048, 0]
+
+
+def test_inputs_of_prompts_are_padded() -> None:
+    cache = KVCache([LayerSpec(1, 8, 0)], 6, 4, torch.float32, torch.device("cpu"))
+    inputs = prompt_graphs.Inputs(cache, 8, 3, 9)
+    plan = replace(prefill(5, 3, 4, 4), slots=np.array([2, 7], np.int32), rows=np.array([1]))
+    for _ in range(2):  # what a longer step left is gone
+        inputs.fill(prefill(8, 8, 4, 4))
+        inputs.fill(plan)
+        assert inputs.kv_slots.tolist() == [0, 1, 2, 0, 1, 24, 24, 24] == [*plan.kv_slots, 24, 24, 24]
+        assert inputs.positions.tolist() == [0, 1, 2, 0, 1, 0, 0, 0] and inputs.ids.tolist() == [0] * 8
+        assert inputs.slots.tolist() == [2, 2, 2, 7, 7, 9, 9, 9] and inputs.ends.tolist() == [4, 0, 0]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return families.write("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
-def tokens(folder: Path, graphs: bool, depth: int) -> list[list[int]]:
+def tokens(folder: Path, graphs: bool, depth: int, fused: bool) -> list[list[int]]:
     """Of greedy and of drawn sequences that come and go."""
-    rank, config = local(), settings(folder)
+    rank, config = FusedDecoders(BIRTH, print) if fused else local(), settings(folder)
     rank.open(config, 60)
     decoder: Any = rank.decoder
     if graphs:
         with patch.object(decoders, "DecodeGraph", Uncaptured):
             decoder._graphs = {size: decoder._capture(size) for size in sizes(config.max_sequences)}
+        with patch.object(decoders, "PromptGraph", UncapturedPrompt), patch.multiple(prompt_graphs, FINE=24, DENSE=8):
+            decoder._capture_prompts()
     rng = random.Random(3)
     made = [
         sequence(
@@ -89,11 +116,12 @@ def tokens(folder: Path, graphs: bool, depth: int) -> list[list[int]]:
     return [list(seq.completion) for seq in made]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_the_same_tokens_from_whole_steps(folder: Path, depth: int) -> None:
-    before = Uncaptured.replays
-    assert tokens(folder, True, depth) == tokens(folder, False, depth)
-    assert Uncaptured.replays > before
+def test_the_same_tokens_from_whole_steps(folder: Path, depth: int, fused: bool) -> None:
+    before, prompts = Uncaptured.replays, UncapturedPrompt.replays
+    assert tokens(folder, True, depth, fused) == tokens(folder, False, depth, fused)
+    assert Uncaptured.replays > before and UncapturedPrompt.replays > prompts + 3
 
 
 def test_rows_that_are_not_numbers_are_broken(folder: Path) -> None:
