@@ -19,6 +19,7 @@ from torch import Tensor
 from backend.compute.attention.base import kernel
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache
+from backend.compute.capture import capturing
 from backend.compute.sampling.parameters import WORDS, lay_out
 from backend.generation.plan import Plan
 
@@ -123,6 +124,6 @@ def captured(compute: Callable[[], Made], pool: Any) -> tuple[torch.cuda.CUDAGra
             compute()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with capturing(graph, pool):
         made = compute()
     return graph, made

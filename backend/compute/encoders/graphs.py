@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backend.compute.capture import capturing
 from backend.compute.encoders.attention import Spread
 from backend.compute.encoders.buckets import Bucket
 from backend.tasks.text import stepped
@@ -148,12 +149,8 @@ class Capture:
             raise RuntimeError(f"those there take {self._bytes >> 20} MiB")
         before, graph = _free(), torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with _no_collection(), torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:  # not torch.cuda.graph, which empties the caches of memory each time
-                compute()
-            finally:
-                graph.capture_end()
+        with _no_collection(), capturing(graph, self._pool, self._stream, "thread_local"):
+            compute()
         self._bytes += max(0, before - _free())
         return graph.replay
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from backend.compute.capture import capturing
+
 MOST = 16
 """Graphs of a model that are kept: batch sizes times image sizes."""
 
@@ -78,7 +80,7 @@ class _Graph:
         self._inputs = inputs
         values, named = tree_unflatten(inputs, shape)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with capturing(self._graph, pool):
             output = forward(*values, **named)
         self._found, self._shape = tree_flatten(output)
         if strange := [type(each).__name__ for each in self._found if not isinstance(each, Tensor | None)]:

@@ -65,3 +65,4 @@ def test_what_cannot_be_captured_runs_as_it_is():
     for _ in range(4):
         torch.testing.assert_close(layer(torch.ones(3, device="cuda")), torch.full((3,), 3.0, device="cuda"))
     assert len(told) == 1
+    torch.rand(3, device="cuda")  # see tests/gpu/test_capture.py
