@@ -148,8 +148,7 @@ def test_splits(name: str, splits: int) -> None:
     """The last shares are partly or wholly beyond the width."""
     made = Product(torch.float16, SCHEMES[name], 3, 20, 320)
     weight = made.weight.rows(0, 20)
-    columns = 32 if weight.scheme.group else 64
-    shape = Shape(16, columns, 4, 1, splits)
+    shape = Shape(16, 64, 4, 1, splits)
     runs = [packed.by_matrix(shape, 16, made.x, weight, made.bias[:20], None) for _ in range(2)]
     close(runs[0], made.expected(weight, made.bias[:20], "b", None), torch.float16)
     assert torch.equal(*runs)
@@ -178,6 +177,21 @@ def test_groups_that_no_kernel_takes_are_made_full(kind: str) -> None:
     made = Product(torch.float16, Scheme(kind, 96), 2, 8, 192)
     made.check("brn", None)
     made.check("", "silu")
+
+
+@DTYPES
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+def test_every_code_in_every_place(kind: str, group: int, dtype: torch.dtype) -> None:
+    """Exactly the number that it means; of small numbers too, which fp8 has."""
+    weight = Packed.empty(Scheme(kind, group), 4, 128, dtype, torch.device(DEVICE))
+    codes = torch.arange(weight.codes.numel(), device=DEVICE).view_as(weight.codes) * 37 % 256  # all, somewhere
+    codes = torch.where((codes & 127 == 127) & (kind == "fp8"), 0, codes)  # NaN
+    for turn in range(4):
+        weight.codes.view(torch.uint8).copy_(codes.to(torch.uint8).roll(turn, dims=1))
+        weight.scale.fill_(2.0)
+        found = packed.product(torch.eye(128, dtype=dtype, device=DEVICE), weight, None)
+        assert torch.equal(found.double(), exact(weight).T)
 
 
 @DTYPES
@@ -222,21 +236,23 @@ def test_the_kernels_linear_takes_packed_weights() -> None:
 @pytest.mark.parametrize(("outputs", "width"), [(64, 64), (576, 1536), (6144, 4096), (28672, 4096), (4096, 14336)])
 def test_the_rules_shapes_can_be_launched(kind: str, tokens: int, outputs: int, width: int) -> None:
     """Shares cover the width, shared memory suffices, groups and tiles divide each other."""
-    per = 2 if kind == "int4" else 1
+    per, bits = (2, 4) if kind == "int4" else (1, 8)
     for group in (32, 128, width):
         shape, size = packed_shape.matrix(tokens, outputs, width, group, per)
         assert shape.splits == 1 or shape.splits * 3 * shape.columns < width
+        assert shape.columns >= 16 * 16 // bits  # tensor cores multiply 16 places at a time
         assert group == width or shape.columns % group == 0 or group % shape.columns == 0
         assert shape.stages * (shape.rows + 2 * size * per) * shape.columns // per < 200 << 10
     alone = packed_shape.vector(outputs, width, gated=False, per=per)
     assert alone.rows & (alone.rows - 1) == 0 and alone.columns & (alone.columns - 1) == 0
 
 
-def test_tiles_of_float32_inputs_are_half_as_wide() -> None:
+def test_tiles_of_float32_inputs_are_small() -> None:
     """Else what one thread holds of them does not fit its registers."""
-    for group in (32, 4096):
-        half, whole = (packed_shape.matrix(5, 3072, 4096, group, 2, size)[0].columns for size in (4, 2))
-        assert (half, whole) == (128, 256)
+    for group, tokens in itertools.product((32, 4096), (5, 64, 200)):
+        small, large = (packed_shape.matrix(tokens, 3072, 4096, group, 2, size) for size in (4, 2))
+        assert small[0].columns * small[1] <= 64 * 32
+        assert small[0].columns * small[1] < large[0].columns * large[1]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="large")

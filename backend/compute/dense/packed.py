@@ -21,7 +21,7 @@ from backend.compute.dense.gate import gated
 from backend.compute.dense.norm import normed
 from backend.compute.dense.packed_codes import LEVELS
 from backend.compute.dense.packed_full import rounded, unpacked
-from backend.compute.dense.packed_matrix import apart_kernel, packed_matrix_kernel
+from backend.compute.dense.packed_matrix import arranged_kernel, packed_matrix_kernel
 from backend.compute.dense.packed_shape import SCALED, TILED, matrix, taken, vector
 from backend.compute.dense.packed_vector import packed_vector_kernel
 from backend.compute.dense.shape import Shape
@@ -30,6 +30,8 @@ from backend.compute.quantized.packed import Packed
 
 SCRATCH = 128 << 20
 """Bytes of a weight that are made full at a time."""
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether kernels run in OpenAI Triton's interpreter, which knows no PTX."""
 FP8_FROM = (8, 9)
 """The compute capability that multiplies fp8."""
 
@@ -94,16 +96,16 @@ def by_matrix(
     _check(x, weight)
     (outputs, width), tokens = weight.shape, len(x)
     result = _place(x, outputs, residual)
-    apart = weight.scheme.bits == 4 and tokens > 16  # of fewer, the kernel takes them apart
     sums = None
     if shape.splits > 1:
         sums = torch.empty(shape.splits, tokens, outputs, dtype=torch.float32, device=x.device)
-    inputs = _apart(x) if apart else x
     packed_matrix_kernel[(triton.cdiv(outputs, shape.rows), shape.splits, triton.cdiv(tokens, size))](
-        result, sums, inputs, weight.codes, weight.scale, weight.offset, bias, residual, outputs, tokens,
+        result, sums, _arranged(x, 16 // weight.scheme.bits), weight.codes.view(torch.int16), weight.scale,
+        weight.offset, bias, residual, outputs, tokens,
         WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, COLUMNS=shape.columns, TOKENS=size,
         STAGES=shape.stages, SPLITS=shape.splits, LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides,
-        APART=apart, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=shape.warps,
+        PAIRED=x.dtype == torch.bfloat16 and not INTERPRETED,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=shape.warps,
     )  # fmt: skip
     if sums is not None:
         join_kernel[(triton.cdiv(outputs, 512), tokens)](
@@ -124,11 +126,11 @@ def _place(x: Tensor, outputs: int, residual: Tensor | None) -> Tensor:
     return result
 
 
-def _apart(x: Tensor) -> Tensor:
-    """Even columns of each token before the odd ones."""
-    apart = torch.empty_like(x)
-    apart_kernel[(len(x), triton.cdiv(x.shape[1], 1024))](apart, x, WIDTH=x.shape[1], BLOCK=1024)
-    return apart
+def _arranged(x: Tensor, per: int) -> Tensor:
+    """Of each token the columns 0, per, 2 * per and so on, then 1, per + 1 and so on."""
+    arranged = torch.empty_like(x)
+    arranged_kernel[(len(x), triton.cdiv(x.shape[1], 1024))](arranged, x, WIDTH=x.shape[1], PER=per, BLOCK=1024)
+    return arranged
 
 
 def many(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

@@ -1,8 +1,4 @@
-"""Codes of packed weights as numbers in registers, for OpenAI-Triton kernels; which of them multiplies is not known.
-
-Integer codes are not converted: their bits go into a float's mantissa, which gives 1 + q / levels exactly, in two
-instructions. The 1 (1.5 where codes mean their distance from the middle) and the levels are put right later.
-"""
+"""Codes of packed weights as numbers in registers, for OpenAI-Triton kernels; which of them multiplies is not known."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: N803, N806
@@ -16,34 +12,62 @@ LEVELS = {"int4": 16, "int8": 256, "fp8": 0}
 
 
 @triton.jit
-def mantissa(bits, LEVELS: tl.constexpr):
-    """1 + q / levels of codes that lie, in an int32, at the top of the mantissa's place; 16 and 256 levels."""
-    MASK: tl.constexpr = 0x780000 if LEVELS == 16 else 0x7F8000
-    return ((bits & MASK) | 0x3F800000).to(tl.float32, bitcast=True)
+def numbers(q, PLACE: tl.constexpr, LEVELS: tl.constexpr, PAIRED: tl.constexpr):
+    """One column of int16 that hold four of int4 or two of 8 bits each, exactly; integers less their middle.
+
+    PAIRED: in bfloat16, two at a time by PTX; else in float32.
+    """
+    SHIFT: tl.constexpr = (PLACE // 2 * 8 + 4 - PLACE % 2 * 4) if LEVELS == 16 else PLACE * 8  # int4: high half first
+    if PAIRED:
+        return _placed(q, SHIFT, LEVELS)
+    else:
+        return _converted((q.to(tl.int32) >> SHIFT) & (15 if LEVELS == 16 else 255), LEVELS)
 
 
 @triton.jit
-def high(q):
-    """1 + (q >> 4) / 16"""
-    return mantissa(q.to(tl.int32) << 15, 16)
+def _converted(code, LEVELS: tl.constexpr):
+    if LEVELS == 0:
+        return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        return (code - LEVELS // 2).to(tl.float32)
 
 
 @triton.jit
-def low(q):
-    """1 + (q & 15) / 16"""
-    return mantissa(q.to(tl.int32) << 19, 16)
+def _placed(q, SHIFT: tl.constexpr, LEVELS: tl.constexpr):
+    """Nothing is converted. An integer's bits go where 128, 0x4300, has its mantissa, whose last bit is 1; the eighth
+    of int8, for which there is no room, chooses whether 128 or 256 is taken away. fp8's bits go where bfloat16 has the
+    same, which makes them less by the difference of the exponents' bias, 2 ** 120 or 0x7B80.
+    """
+    if LEVELS == 16:
+        PTX: tl.constexpr = f"""{{ .reg .b32 w, c; mov.b32 c, 0x43084308; shr.u32 w, $1, {SHIFT};
+            lop3.b32 w, w, 0x000F000F, 0x43004300, 0xEA; sub.bf16x2 $0, w, c; }}"""
+    elif LEVELS == 256:
+        PTX: tl.constexpr = f"""{{ .reg .b32 w, c; shr.u32 w, $1, {SHIFT};
+            lop3.b32 c, w, 0x00800080, 0x43804380, 0x6A; lop3.b32 w, w, 0x007F007F, 0x43004300, 0xEA;
+            sub.bf16x2 $0, w, c; }}"""
+    else:
+        PTX: tl.constexpr = f"""{{ .reg .b32 w, s, c; mov.b32 c, 0x7B807B80; shl.b32 s, $1, {8 - SHIFT};
+            shr.u32 w, s, 4; and.b32 w, w, 0x07F007F0; lop3.b32 w, s, 0x80008000, w, 0xEA; mul.bf16x2 $0, w, c; }}"""
+    return tl.inline_asm_elementwise(PTX, "=r,r", [q], tl.bfloat16, True, 2)
 
 
 @triton.jit
-def whole(q, LEVELS: tl.constexpr):
-    """1 + q / 256 of int8, the number itself of fp8."""
-    return mantissa(q.to(tl.int32) << 15, 256) if LEVELS == 256 else q.to(tl.float32)
+def scaled(w, each, middle, PAIRED: tl.constexpr):
+    """The weights, w * each + middle; PAIRED: of bfloat16, rounded once."""
+    if PAIRED:
+        PTX: tl.constexpr = "fma.rn.bf16x2 $0, $1, $2, $3;"
+        return tl.inline_asm_elementwise(PTX, "=r,r,r,r", [w, each, middle], tl.bfloat16, True, 2)
+    else:
+        return w * each + middle
 
 
 @triton.jit
-def steps(at, DIVIDES: tl.constexpr):
-    """What a code is to be multiplied with."""
+def steps(at, DIVIDES: tl.constexpr, ROUGH: tl.constexpr = False):
+    """What a code is to be multiplied with. ROUGH: for what is rounded to bfloat16; a quarter of the instructions."""
     found = tl.load(at).to(tl.float32)
     if DIVIDES:
-        found = 1.0 / found
+        if ROUGH:
+            found = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [found], tl.float32, True, 1)
+        else:
+            found = 1.0 / found
     return found

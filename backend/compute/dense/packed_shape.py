@@ -35,21 +35,28 @@ def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
 
 @lru_cache(maxsize=1024)
 def matrix(tokens: int, outputs: int, width: int, group: int, per: int, itemsize: int = 2) -> tuple[Shape, int]:
-    """For 2 tokens and more, and the tokens of a program; splits where there are few programs."""
+    """For 2 tokens and more, and the tokens of a program; splits where there are few programs.
+
+    Two or three programs fit a processor: while one waits for tensor cores or memory, others unpack. More tokens want
+    more rows, since each program reads all of x.
+    """
     size = next((size for size in (16, 32, 64) if tokens <= size), 128)
-    most = 64 if size == 128 else 128  # codes of 8 bits: what registers hold twice or more on a processor
-    if per == 2:
-        most = 256 if size == 16 and itemsize == 2 else 128  # of float32 inputs registers and shared memory hold half
-    columns = most if group in GROUPS and group < width else _covering(width, most, least=32)
-    programs = -(-outputs // 64) * -(-tokens // size)
-    splits = _splits(programs, -(-width // columns), least=PROCESSORS * 3 // 2 if size <= 32 else PROCESSORS * 3 // 4)
-    return Shape(64, columns, warps=4, stages=4 if size <= 32 else 3, splits=splits), size
+    if itemsize == 4:  # for checks; no tensor cores
+        size, rows, most, stages = min(size, 32), 64, 64, 2
+    elif size <= 32:
+        rows, most, stages = 64, 256 if per == 2 or size == 16 else 128, 4 if (per == 2) == (size == 16) else 3
+    else:
+        rows, most, stages = 128, 128 if size == 64 else 64, 3 if size == 64 else 4
+    columns = most if group in GROUPS and group < width else _covering(width, most, least=64)
+    programs = -(-outputs // rows) * -(-tokens // size)
+    splits = _splits(programs, width // max(1024, 4 * columns))
+    return Shape(rows, columns, warps=rows // 16, stages=stages, splits=splits), size
 
 
-def _splits(programs: int, tiles: int, least: int) -> int:
-    """The fewest that give so many programs and leave few processors idle, each with four tiles at the least."""
-    useful = [splits for splits in (1, 2, 4, 8) if splits == 1 or tiles >= 4 * splits]
-    good = (each for each in useful if programs * each >= least and evenness(programs * each) >= 0.75)
+def _splits(programs: int, most: int) -> int:
+    """The fewest that give so many programs that few processors are idle and most have two."""
+    useful = [splits for splits in (1, 2, 4, 8) if splits <= max(most, 1)]
+    good = (each for each in useful if programs * each * 4 >= PROCESSORS * 5 and evenness(programs * each) >= 0.7)
     return next(good, max(useful))
 
 
