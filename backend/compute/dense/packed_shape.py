@@ -25,12 +25,17 @@ def taken(group: int, width: int, per: int) -> bool:
 
 @lru_cache(maxsize=1024)
 def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
-    """For one token: 8 rows (4 gates and 4 that are gated) of 1 KiB of codes a program; `columns` counts words."""
-    words = _covering(width // (4 * per), 256, least=32)
-    rows = 4 if gated else 8
+    """For one token: a thread takes four words of each row at once; `columns` counts words.
+
+    Rows of up to 4 KiB are asked for all at once or in two turns, longer ones ahead of what is multiplied. What is
+    done to inputs many rows share, as far as registers hold 64 KiB of codes of all programs on a processor.
+    """
+    words = width // (4 * per)
+    columns = max(32, min(512, 1 << (words - 1).bit_length())) if words <= 1024 else _covering(words, 256, least=32)
+    rows = 8 * per // (2 if gated else 1)
     while rows > 1 and outputs < rows * 2 * PROCESSORS:
         rows //= 2
-    return Shape(rows, words, warps=4 if words >= 128 else 1, stages=1)
+    return Shape(rows, columns, warps=max(1, columns // 128), stages=1 if words <= 1024 else 4)
 
 
 @lru_cache(maxsize=1024)
