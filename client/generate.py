@@ -183,7 +183,7 @@ def _prompt(prompt: Any, what: str) -> dict[str, NDArray[Any]]:
     items = [*prompt] if isinstance(prompt, list | tuple | np.ndarray) else []
     if items and all(map(_is_message, items)):
         return {"messages": strings(text(_json(items, what), what))}
-    if items and all(map(_is_id, items)):
+    if items and all(map(_is_id_type, {*map(type, items)})):
         return {"input_ids": _ids(items, what)}
     raise InvalidInput(
         f'{what} must be text, a chat (a list of {{"role", "content"}}) or token ids, not {prompt!r:.80}'
@@ -191,7 +191,11 @@ def _prompt(prompt: Any, what: str) -> dict[str, NDArray[Any]]:
 
 
 def _is_id(item: Any) -> bool:
-    return isinstance(item, int | np.integer) and not isinstance(item, bool)
+    return _is_id_type(type(item))
+
+
+def _is_id_type(kind: type) -> bool:
+    return issubclass(kind, int | np.integer) and kind is not bool
 
 
 def _is_message(item: Any) -> bool:
@@ -206,8 +210,9 @@ def _json(messages: list[Any], what: str) -> str:
 
 
 def _ids(items: list[Any], what: str) -> NDArray[np.int32]:
-    if wrong := [item for item in items if not 0 <= item < 2**31]:
-        raise InvalidInput(f"{what} has the token id {wrong[0]}, which must be from 0 to {2**31 - 1}")
+    for item in (min(items), max(items)):
+        if not 0 <= item < 2**31:
+            raise InvalidInput(f"{what} has the token id {item}, which must be from 0 to {2**31 - 1}")
     return np.array([items], np.int32)  # [1, tokens]
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from client.channel import Endpoint, connect
 from client.errors import Cancelled, DeadlineExceeded, Error, failure
@@ -23,6 +23,7 @@ from client.watchdog import Watchdog
 
 Request: TypeAlias = service_pb2.ModelInferRequest
 Response: TypeAlias = service_pb2.ModelInferResponse
+Streamed: TypeAlias = service_pb2.ModelStreamInferResponse
 Opener = Callable[..., Any]
 """From a request, timeout and metadata: the call, to be read message by message."""
 
@@ -157,14 +158,16 @@ class GrpcResponses:
 
 
 def opener(channel: Any, streamed: bool) -> Opener:
-    """For a channel, blocking or not. ModelInfer's one message is read as a stream's."""
-    if streamed:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        return lambda request, **how: stub.ModelStreamInfer(iter((request,)), **how)
+    """For a channel, blocking or not. ModelInfer's one message is read as a stream's.
+
+    ModelStreamInfer takes many requests; sent as the only one, ours needs no thread that waits for more, and its end
+    goes with it.
+    """
+    method, deserializer = ("ModelStreamInfer", Streamed.FromString) if streamed else ("ModelInfer", _alone)
     made: Opener = channel.unary_stream(
-        "/inference.GRPCInferenceService/ModelInfer",
+        f"/inference.GRPCInferenceService/{method}",
         request_serializer=Request.SerializeToString,
-        response_deserializer=_alone,
+        response_deserializer=deserializer,
     )
     return made
 
@@ -176,7 +179,7 @@ class Alone(NamedTuple):
     error_message: str = ""
 
 
-Message: TypeAlias = service_pb2.ModelStreamInferResponse | Alone
+Message: TypeAlias = Streamed | Alone
 
 
 def _alone(message: bytes) -> Alone:

@@ -46,6 +46,10 @@ NO_ROOM = (
 TURN = 0.0005
 """Seconds that another thread keeps the interpreter while the engine's wants it; Python's 5 ms are several steps."""
 
+HAND_OVER = 50e-6
+"""Seconds that the engine's thread sleeps after first tokens, so that they do not wait for the next step to be planned:
+their senders get the interpreter at once, else only after TURN. The device has a step to do meanwhile."""
+
 
 class Engine:
     """Serves one generative model. `start`, then `open` or `run` from any thread, then `close`."""
@@ -203,6 +207,7 @@ class Engine:
         """Record a computed step and tell its readers."""
         logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
         told: dict[Stream, bool] = {}
+        begun = False
         for lost in sampled.lost:  # before what the step has not computed is offered to others as a known prefix
             if completion := self._open.get(chunks[lost].seq.arrival):
                 self._end(completion.stream, ServingError(NO_ROOM))
@@ -212,6 +217,7 @@ class Engine:
             if (completion := self._open.get(seq.arrival)) is None:
                 continue  # a moment ago another sequence of its request failed
             stream = completion.stream
+            begun = begun or not completion.first
             try:
                 stream.put(self._news(completion, token, logprobs[row] if logprobs else None))
             except Exception as error:  # a tokenizer's bug must not end the neighbours
@@ -219,6 +225,8 @@ class Engine:
             told[stream] = bool(seq.finish_reason) or told.get(stream, False)
         for stream, ended in told.items():
             stream.ring(ended)
+        if begun:
+            time.sleep(HAND_OVER)
 
     def _news(self, completion: Completion, token: int, logprob: float | None) -> News:
         """One more token; ends the sequence when it completes a stop string."""
