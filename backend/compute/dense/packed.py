@@ -55,14 +55,14 @@ def linear(
     if len(x) == 1 and few:
         shape = vector(outputs if activation is None else outputs // 2, width, activation is not None, per)
         return by_vector(shape, x, weight, bias, residual, norm, activation)
-    if norm is not None:
-        x = normed(x, None, *norm)
-    if few and activation is None:
-        return by_matrix(*matrix(len(x), outputs, width, group, per, x.itemsize), x, weight, bias, residual)
-    found = product(x, weight, bias) if few else many(x, weight, bias)
+    if few:
+        cut = matrix(len(x), outputs, width, group, per, x.itemsize)
+        found = by_matrix(*cut, x, weight, bias, residual if activation is None else None, norm)
+    else:
+        found = many(x if norm is None else normed(x, None, *norm), weight, bias)
     if activation is not None:
         found = gated(found, activation)
-    return found if residual is None else residual.add_(found)
+    return found if residual is None or found is residual else residual.add_(found)
 
 
 def by_vector(
@@ -90,7 +90,13 @@ def by_vector(
 
 
 def by_matrix(
-    shape: Shape, size: int, x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None
+    shape: Shape,
+    size: int,
+    x: Tensor,
+    weight: Packed,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm | None = None,
 ) -> Tensor:
     """Several tokens, in programs of this shape for `size` tokens each."""
     _check(x, weight)
@@ -100,7 +106,7 @@ def by_matrix(
     if shape.splits > 1:
         sums = torch.empty(shape.splits, tokens, outputs, dtype=torch.float32, device=x.device)
     packed_matrix_kernel[(triton.cdiv(outputs, shape.rows), shape.splits, triton.cdiv(tokens, size))](
-        result, sums, _arranged(x, 16 // weight.scheme.bits), weight.codes.view(torch.int16), weight.scale,
+        result, sums, _arranged(x, 16 // weight.scheme.bits, norm), weight.codes.view(torch.int16), weight.scale,
         weight.offset, bias, residual, outputs, tokens,
         WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, COLUMNS=shape.columns, TOKENS=size,
         STAGES=shape.stages, SPLITS=shape.splits, LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides,
@@ -126,10 +132,15 @@ def _place(x: Tensor, outputs: int, residual: Tensor | None) -> Tensor:
     return result
 
 
-def _arranged(x: Tensor, per: int) -> Tensor:
-    """Of each token the columns 0, per, 2 * per and so on, then 1, per + 1 and so on."""
+def _arranged(x: Tensor, per: int, norm: Norm | None) -> Tensor:
+    """Of each token the columns 0, per, 2 * per and so on, then 1, per + 1 and so on; after a norm."""
+    tokens, width = x.shape
     arranged = torch.empty_like(x)
-    arranged_kernel[(len(x), triton.cdiv(x.shape[1], 1024))](arranged, x, WIDTH=x.shape[1], PER=per, BLOCK=1024)
+    gain, eps = norm or (None, 0.0)
+    block = 1024 if norm is None else triton.next_power_of_2(width)
+    arranged_kernel[(tokens, triton.cdiv(width, block))](
+        arranged, x, gain, eps, WIDTH=width, PER=per, BLOCK=block, num_warps=max(4, min(16, block // 512))
+    )
     return arranged
 
 
