@@ -163,6 +163,25 @@ def test_a_cache_of_float8(dtype: torch.dtype, chunks: list[tuple[int, int]], ru
     assert (made.cache.layers[0].float().abs().max() == 448) and not made.cache.layers[0].float().isnan().any()
 
 
+HALF = [dtype for dtype in ERROR if dtype.itemsize == 2]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dim", [32, 80, 96, 192])
+def test_head_sizes_of_a_cache_of_float8(dtype: torch.dtype, dim: int) -> None:
+    Fixture(DECODE, dtype, dim, 4, 2, 16, dim, FP8).check(Rule(dim**-0.5, window=33))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("up", [True, False])
+def test_queries_of_any_size_over_a_cache_of_float8(dtype: torch.dtype, up: bool) -> None:
+    """Beyond what float16 holds, in bfloat16: the kernels multiply in float16."""
+    made = Fixture(DECODE, dtype, 64, 4, 2, kept=FP8)
+    factor = 2.0 ** ((40 if dtype == torch.bfloat16 else 12) * (1 if up else -1))
+    made.inputs[0] *= factor
+    made.check(Rule(0.125 / factor))
+
+
 def test_tiles_of_a_cache_of_float8_are_no_longer_than_those_of_the_queries_type() -> None:
     """Registers hold them in that type."""
     query, kv = torch.empty(1, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)

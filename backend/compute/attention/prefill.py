@@ -130,14 +130,16 @@ def _prefill_kernel(
         begin = tl.maximum(before - window + 1, 0) // COLUMNS * COLUMNS
     for at in tl.range(begin, tl.minimum(length, before + TOKENS), COLUMNS, num_stages=STAGES):
         columns = at + tl.arange(0, COLUMNS)
-        k, v = context(q, base, table, columns, columns < length, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
-        scores = scored(q, k, scaling, softcap, CAPPED, PRECISION)
+        k, v = context(
+            base, table, columns, columns < length, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE, PAIRED=False
+        )
+        scores = scored(q, k, scaling, softcap, CAPPED, PRECISION, PAIRED=False)
         if WINDOWED:
             seen = (columns[None, :] <= position[:, None]) & (columns[None, :] > position[:, None] - window)
             scores = tl.where(seen, scores, HIDDEN)
         elif at + COLUMNS > before + 1:  # else all rows see all of the tile
             scores = tl.where(columns[None, :] <= position[:, None], scores, HIDDEN)
-        top, total, sums = absorbed(scores, scale, v, top, total, sums, PRECISION)
+        top, total, sums = absorbed(q, scores, scale, v, top, total, sums, PRECISION, PAIRED=False)
 
     result = finished(top, total, sums, sinks, heads, live, SINKS)
     row = token * (tl.num_programs(0) * GROUP) + heads

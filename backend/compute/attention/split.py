@@ -24,14 +24,20 @@ from backend.compute.attention.tiles import (
     HIDDEN,
     LOG2E,
     absorbed,
+    asked,
     columns_of,
     context,
     counted,
+    found,
     jit,
+    nothing,
     padded,
+    paired,
     precision,
     processors,
+    readable,
     scored,
+    together,
 )
 
 
@@ -72,14 +78,15 @@ def split(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule, cou
     group, wide, sinks = heads // kv_heads, padded(dim), rule.sinks is not None
     partial = torch.empty(tokens, heads, count, dim, dtype=torch.float32, device=query.device)
     weight = torch.empty(tokens, heads, count, dtype=torch.float32, device=query.device)
-    columns = columns_of(wide, query, kv, SHAPE.tile_bytes)
+    columns, pairs = columns_of(wide, query, kv, SHAPE.tile_bytes), paired(query, kv)
+    kv = readable(kv, pairs)
     _split_kernel[(kv_heads, count, tokens)](
         partial, weight, query, kv, step.kv_lengths, step.block_tables, rule.scaling, rule.softcap,
         query.stride(0), query.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3),
         step.block_tables.stride(0), step.block_tables.shape[1], rule.window,
         GROUP=group, DIM=dim, PADDED=wide, BLOCK_SIZE=kv.shape[1], ROWS=max(16, triton.next_power_of_2(group)),
         COLUMNS=columns, WINDOWED=bool(rule.window), CAPPED=bool(rule.softcap), PRECISION=precision(query.dtype),
-        STAGES=SHAPE.stages, num_warps=SHAPE.warps, maxnreg=SHAPE.registers,
+        PAIRED=pairs, STAGES=SHAPE.stages, num_warps=SHAPE.warps, maxnreg=SHAPE.registers,
     )  # fmt: skip
     _join_kernel[(heads, tokens)](
         output, partial, weight, rule.sinks, step.kv_lengths, rule.window,
@@ -103,7 +110,7 @@ def _split_kernel(
     kv_block, kv_slot, kv_value, kv_head, table_row, table_width, window,
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    PAIRED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Row r of the tiles is the r-th head of the kv head's group; heads are the fastest: they lie side by side."""
     head, split, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -118,7 +125,7 @@ def _split_kernel(
     dims = tl.arange(0, PADDED)
     inside = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
     heads = head * GROUP + rows
-    q = tl.load(query + chunk * query_token + heads[:, None] * query_head + dims[None, :], mask=inside, other=0.0)
+    q = asked(query, chunk * query_token, heads, rows < GROUP, query_head, DIM, PADDED, PAIRED)
     scale = LOG2E
     if not CAPPED:
         scale = scaling * LOG2E
@@ -129,26 +136,22 @@ def _split_kernel(
         known = columns < length
         if WINDOWED:
             block = tl.load(table + columns // BLOCK_SIZE, mask=known, other=0)
-        where = (block.to(tl.int64) * kv_block + (columns % BLOCK_SIZE) * kv_slot)[:, None] + dims[None, :]
-        mask = known[:, None] & (dims < DIM)[None, :]
-        k = tl.load(base + where, mask=mask, other=0.0).to(q.dtype)
-        v = tl.load(base + kv_value + where, mask=mask, other=0.0).to(q.dtype)
-        scores = scored(q, k, scaling, softcap, CAPPED, PRECISION)
+        k, v = found(base, block, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE, PAIRED)
+        scores = scored(q, k, scaling, softcap, CAPPED, PRECISION, PAIRED)
         visible = known
         if WINDOWED:
             visible = known & (columns >= length - window)
         scores = tl.where(visible[None, :], scores, HIDDEN)
-        top = tl.full([ROWS], FLOOR, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        sums = tl.zeros([ROWS, PADDED], tl.float32)
-        top, total, sums = absorbed(scores, scale, v, top, total, sums, PRECISION)
+        top, total, sums = nothing(ROWS, PADDED, PAIRED)
+        top, total, sums = absorbed(q, scores, scale, v, top, total, sums, PRECISION, PAIRED)
         for tile in tl.range(split + splits, tiles, splits, num_stages=STAGES):
             columns = begin + tile * COLUMNS + tl.arange(0, COLUMNS)
             known = columns < length
-            k, v = context(q, base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE)
+            k, v = context(base, table, columns, known, kv_block, kv_slot, kv_value, DIM, PADDED, BLOCK_SIZE, PAIRED)
             # Only the first tile of a row, a split's first, may reach beyond its window.
-            scores = tl.where(known[None, :], scored(q, k, scaling, softcap, CAPPED, PRECISION), HIDDEN)
-            top, total, sums = absorbed(scores, scale, v, top, total, sums, PRECISION)
+            scores = tl.where(known[None, :], scored(q, k, scaling, softcap, CAPPED, PRECISION, PAIRED), HIDDEN)
+            top, total, sums = absorbed(q, scores, scale, v, top, total, sums, PRECISION, PAIRED)
+        sums = together(sums, ROWS, PADDED, PAIRED)
         row = (chunk * (tl.num_programs(0) * GROUP) + heads) * splits + split
         tl.store(partial + row[:, None] * DIM + dims[None, :], sums / counted(total)[:, None], mask=inside)
         tl.store(weight + row, top + tl.log2(counted(total)), mask=rows < GROUP)
