@@ -22,15 +22,25 @@ from backend.compute.quantized.packed import Packed, Scheme
 from measuring.packed import Product, packed_weights, random_packed, time_of
 
 COMPILERS = 12
+MATRICES = 16
+"""Candidates for several tokens: three batches of four products then take about a minute."""
 Candidate = tuple[Shape, int]
 """And the tokens of a program; 0: the kernel for one token."""
 
 
-def candidates(tokens: int, limit: int) -> list[Candidate]:
-    """So many of them, always the same."""
-    made = list(_vectors() if tokens == 1 else _matrices(tokens))
+def candidates(product: Product, scheme: Scheme, tokens: int, limit: int) -> list[Candidate]:
+    """So many of them, always the same; for several tokens those with about as many programs as the rule's."""
+    made = list(_vectors() if tokens == 1 else _matrices(tokens, scheme.bits))
     random.Random(0).shuffle(made)
+    if tokens > 1:
+        wanted = _programs(ruled(product, scheme, tokens)[0], product)
+        made.sort(key=lambda each: not 0.45 < _programs(each[0], product) / wanted < 2.2)
+        limit = min(limit, MATRICES)
     return made[:limit]
+
+
+def _programs(shape: Shape, product: Product) -> int:
+    return -(-product.outputs // shape.rows) * shape.splits
 
 
 def _vectors() -> Iterator[Candidate]:
@@ -39,21 +49,22 @@ def _vectors() -> Iterator[Candidate]:
             yield Shape(rows, words, warps, 1), 0
 
 
-def _matrices(tokens: int) -> Iterator[Candidate]:
-    covering = next((size for size in (16, 32, 64) if tokens <= size), 128)
-    sizes = {covering, min(covering, 64)} if tokens > 64 else {covering}
-    rows = ((64, 4), (128, 4), (128, 8))
-    for (height, warps), columns, stages, splits, size in itertools.product(
-        rows, (64, 128, 256), (2, 3, 4, 5), (1, 2, 4, 8), sorted(sizes)
-    ):
-        if stages * columns * (height + 2 * size) <= 200 << 10:  # bytes of shared memory, at one a code
-            yield Shape(height, columns, warps, stages, splits), size
+def _matrices(tokens: int, bits: int) -> Iterator[Candidate]:
+    """Rows and warps, columns and stages that let two programs or more be on a processor, times splits."""
+    size = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    heights = ((64, 4), (128, 8)) if size < 128 else ((128, 8), (64, 4), (256, 8))
+    columns = {16: (128, 256, 512), 32: (128, 256), 64: (64, 128), 128: (64, 128)}[size]
+    for (height, warps), width, stages in itertools.product(heights, columns, (2, 3, 4)):
+        held = stages * width * (height * bits // 8 + 2 * size)  # bytes of shared memory
+        if 24 << 10 <= held <= (220 if height == 256 else 110) << 10:
+            for splits in (1, 2, 4, 8):
+                yield Shape(height, width, warps, stages, splits), size
 
 
 def sweep(product: Product, scheme: Scheme, tokens: int, limit: int, budget: float) -> list[tuple[float, Candidate]]:
     """Seconds and candidates, the best first; the rule's choice is among them. Stops when the budget is spent."""
     device = torch.device("cuda")
-    tried = [ruled(product, scheme, tokens), *candidates(tokens, limit)]
+    tried = [ruled(product, scheme, tokens), *candidates(product, scheme, tokens, limit)]
     _compile(product, scheme, tokens, tried)
     weights, found, end = packed_weights(scheme, product, device), [], time.monotonic() + budget
     x = torch.randn(tokens, product.width, dtype=torch.bfloat16, device=device)
@@ -64,7 +75,21 @@ def sweep(product: Product, scheme: Scheme, tokens: int, limit: int, budget: flo
             print(f"  {candidate}: {type(error).__name__}", flush=True)
         if time.monotonic() > end:
             break
+    if found:
+        _tell(f"{scheme.kind} {product.name}, {tokens} tokens", found)
     return sorted(found)
+
+
+def _tell(case: str, found: list[tuple[float, Candidate]]) -> None:
+    """The rule's choice, which was tried first, and the best three."""
+    print(f"{case}: {found[0][0] * 1e6:.1f} µs by the rule {_told(found[0][1])}; best of {len(found)}:", flush=True)
+    for taken, candidate in sorted(found)[:3]:
+        print(f"  {taken * 1e6:7.1f} µs {_told(candidate)}", flush=True)
+
+
+def _told(candidate: Candidate) -> str:
+    shape, size = candidate
+    return f"{shape.rows}x{shape.columns} warps {shape.warps} stages {shape.stages} splits {shape.splits} tokens {size}"
 
 
 def ruled(product: Product, scheme: Scheme, tokens: int) -> Candidate:
