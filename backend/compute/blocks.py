@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from backend.compute.all_reduce import Sums, sums
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache, LayerSpec
@@ -29,15 +31,27 @@ def pays(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this rank's columns give of an update: the sum over all ranks is still to be made."""
+
+    values: Tensor
+
+
+Update = Tensor | Part | None
+"""To be added to the hidden states; None: nothing is left to add."""
+
+
 class Block:
     """Stands for a decoder layer's forward; its hidden states are changed in place."""
 
-    def __init__(self, layer: int, parts: Parts, rule: Rule, world: int, device: torch.device) -> None:
-        self._layer, self._parts, self._rule, self._world = layer, parts, rule, world
+    def __init__(self, layer: int, parts: Parts, rule: Rule, between: Sums | None, device: torch.device) -> None:
+        """`between`: how ranks sum, where there are several."""
+        self._layer, self._parts, self._rule, self._between = layer, parts, rule, between
         self._ops: Ops = ops(device.type)
         self.following: Block | None = None
         """The block that gets this one's last product, to add it in the kernel of its first norm."""
-        self._pending: Tensor | None = None
+        self._pending: Update = None
 
     def __call__(self, hidden_states: Tensor, *, position_embeddings: Any, step: Step, **_: Any) -> Tensor:
         """# [1, tokens, hidden] -> the same, less what the following block will add"""
@@ -45,18 +59,22 @@ class Block:
         before_attention, after_attention, before_mlp, after_mlp = self._parts.norms
         pending, self._pending = self._pending, None
         attended = self._attend(hidden, pending, before_attention, position_embeddings, step)
-        update = self._normed(
-            self._out(self._parts.attention_out, attended, hidden, not after_attention), after_attention
-        )
-        update = self._normed(self._mlp(hidden, update, before_mlp, not after_mlp), after_mlp)
+        update = self._out(self._parts.attention_out, attended, hidden, not after_attention)
+        if after_attention:
+            update = self._normed(None, update, after_attention)
+        update = self._mlp(hidden, update, before_mlp, not after_mlp)
+        if after_mlp:
+            update = self._normed(None, update, after_mlp)
         if self.following:
             self.following._pending = update
+        elif isinstance(update, Part):
+            self._sums.add(hidden, update.values)
         elif update is not None:
             hidden += update
         return hidden[None]
 
     def _attend(
-        self, hidden: Tensor, update: Tensor | None, norm: Norm | None, rotation: tuple[Tensor, Tensor], step: Step
+        self, hidden: Tensor, update: Update, norm: Norm | None, rotation: tuple[Tensor, Tensor], step: Step
     ) -> Tensor:
         """# [tokens, hidden] -> [tokens, heads * head dim]"""
         parts, merged = self._parts, self._parts.query_key_value.group
@@ -69,7 +87,7 @@ class Block:
     def _project(
         self,
         hidden: Tensor,
-        update: Tensor | None,
+        update: Update,
         norm: Norm | None,
         weight: Tensor | Packed,
         bias: Tensor | None,
@@ -80,39 +98,46 @@ class Block:
         few = len(hidden) <= self._ops.SMALL
         if few and update is None:  # no kernel of its own for the norm
             return self._ops.linear(hidden, weight, bias, None, (norm.weight, norm.eps), activation)
-        normed = self._ops.normed(hidden, update, norm.weight, norm.eps)
+        normed = self._normed(hidden, update, norm)
         if few:
             return self._ops.linear(normed, weight, bias, None, None, activation)
         projected = self._ops.product(normed, weight, bias)
         return projected if activation is None else self._ops.gated(projected, activation)
 
-    def _out(self, projection: Any, values: Tensor, hidden: Tensor, plain: bool) -> Tensor | None:
+    def _out(self, projection: Any, values: Tensor, hidden: Tensor, plain: bool) -> Update:
         """The projection of all ranks' values, to be added to hidden; None where that is already done."""
-        if len(values) > self._ops.SMALL:
-            found: Tensor = projection(values)
-            return found
-        if self._world == 1 and plain:
-            self._ops.linear(values, projection.weight, projection.bias, hidden, None, None)
+        weight, bias = projection.weight, projection.bias
+        if self._between is None and plain and len(values) <= self._ops.SMALL:
+            self._ops.linear(values, weight, bias, hidden, None, None)
             return None
-        update = self._ops.linear(values, projection.weight, None, None, None, None)
-        if self._world > 1:
-            torch.distributed.all_reduce(update)
-        return update if projection.bias is None else update.add_(projection.bias)
+        if self._between is None:
+            return projected(values, weight, bias)
+        part = projected(values, weight, None)
+        return Part(part) if bias is None else self._between.total(part).add_(bias)
 
-    def _mlp(self, hidden: Tensor, update: Tensor | None, norm: Norm | None, plain: bool) -> Tensor | None:
+    def _mlp(self, hidden: Tensor, update: Update, norm: Norm | None, plain: bool) -> Update:
         parts = self._parts
         assert norm is not None
         if parts.gate_up is None or parts.mlp_out is None:
-            found: Tensor = parts.mlp(self._ops.normed(hidden, update, norm.weight, norm.eps)[None])
+            found: Tensor = parts.mlp(self._normed(hidden, update, norm)[None])
             return found[0]
         merged = parts.gate_up.group
         gated = self._project(hidden, update, norm, merged.weight, merged.bias, parts.activation)
         return self._out(parts.mlp_out, gated, hidden, plain)
 
-    def _normed(self, update: Tensor | None, norm: Norm | None) -> Tensor | None:
-        if update is None or norm is None:
-            return update
-        return self._ops.normed(update, None, norm.weight, norm.eps)
+    def _normed(self, hidden: Tensor | None, update: Update, norm: Norm) -> Tensor:
+        """The norm of their sum, which hidden becomes."""
+        if isinstance(update, Part):
+            return self._sums.normed(hidden, update.values, norm.weight, norm.eps)
+        if hidden is None:
+            assert update is not None
+            return self._ops.normed(update, None, norm.weight, norm.eps)
+        return self._ops.normed(hidden, update, norm.weight, norm.eps)
+
+    @property
+    def _sums(self) -> Sums:
+        assert self._between is not None
+        return self._between
 
 
 def projected(hidden: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
@@ -159,8 +184,9 @@ def install(model: Any, specs: list[LayerSpec], world: int, dtype: torch.dtype, 
     if layers is None:
         return "transformers' code computes all layers: they are not one list"
     found = [parts_of(layer, spec) for layer, spec in zip(layers, specs, strict=True)]
+    between, how = sums(model.config.get_text_config().hidden_size, dtype, device) if world > 1 else (None, "")
     blocks = {
-        index: Block(index, parts, spec.rule, world, device)
+        index: Block(index, parts, spec.rule, between, device)
         for index, (parts, spec) in enumerate(zip(found, specs, strict=True))
         if isinstance(parts, Parts) and spec.rule
     }
@@ -171,7 +197,7 @@ def install(model: Any, specs: list[LayerSpec], world: int, dtype: torch.dtype, 
     for index in agreeing:
         layers[index].forward = blocks[index]
         blocks[index].following = blocks[index + 1] if index + 1 in agreeing else None
-    return _told(len(agreeing), len(layers), reasons)
+    return _told(len(agreeing), len(layers), reasons) + (how and f"; {how}")
 
 
 def _told(count: int, of: int, reasons: set[str]) -> str:

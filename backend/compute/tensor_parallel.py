@@ -73,6 +73,7 @@ def _listen_on_loopback() -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["NCCL_SOCKET_IFNAME"] = "lo"
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast hangs where the fabric manager forbids it
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 
 def _adopt(rank: int, world: int, device: torch.device, folder: Path) -> None:
