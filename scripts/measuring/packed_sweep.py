@@ -44,9 +44,9 @@ def _programs(shape: Shape, product: Product) -> int:
 
 
 def _vectors() -> Iterator[Candidate]:
-    for rows, words, warps in itertools.product((2, 4, 8, 16), (64, 128, 256, 512), (1, 2, 4, 8)):
-        if 2 <= words // (32 * warps) * rows <= 32:
-            yield Shape(rows, words, warps, 1), 0
+    """A thread takes four words of each of some rows, straight to registers or ahead by way of shared memory."""
+    for rows, warps, stages in itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4)):
+        yield Shape(rows, 128 * warps, warps, stages), 0
 
 
 def _matrices(tokens: int, bits: int) -> Iterator[Candidate]:

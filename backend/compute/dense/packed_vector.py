@@ -1,7 +1,7 @@
 """One token's product with packed weights as an OpenAI-Triton kernel; it does not know what shapes it.
 
 A thread loads 16 bytes of codes of each of several rows, the scales that they share, and then the inputs that all of
-them meet: nothing changes threads before the last sum. Codes are not converted: a mask leaves a word's bits of one
+them meet: nothing changes threads before the last sum. Integers are not converted: a mask leaves a word's bits of one
 code, and as a float these are a tiny number, exactly the code times a power of two, which the inputs make up for; GPUs
 multiply such numbers as fast as others. Scales meet the sum of the products of 16 bytes, or of a whole row.
 """
@@ -36,10 +36,10 @@ def packed_vector_kernel(
         if ACTIVATION != "":
             more_whole = steps(scale + clamped(row, outputs) + outputs, DIVIDES)
     for start in tl.range(0, WIDTH // PER, WORDS, num_stages=STAGES):
-        q = _words(codes, outputs, 0, start, WIDTH // PER, ROWS, WORDS, EVEN)
+        q = _words(codes, outputs, 0, start, WIDTH // PER, ROWS, WORDS, EVEN, LEVELS)
         each, low = _scales(scale, offset, outputs, 0, start * PER, WIDTH, GROUP, ROWS, WORDS // 4, PER, DIVIDES, LATE)
         if ACTIVATION != "":
-            more_q = _words(codes, outputs, outputs, start, WIDTH // PER, ROWS, WORDS, EVEN)
+            more_q = _words(codes, outputs, outputs, start, WIDTH // PER, ROWS, WORDS, EVEN, LEVELS)
             more_each, more_low = _scales(
                 scale, offset, outputs, outputs, start * PER, WIDTH, GROUP, ROWS, WORDS // 4, PER, DIVIDES, LATE
             )
@@ -70,12 +70,16 @@ def packed_vector_kernel(
 
 @triton.jit
 def _words(
-    codes, outputs, below, start, LENGTH: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr
-):
-    """[rows, words], of the program's rows and so many below them."""
+    codes, outputs, below, start,
+    LENGTH: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """[rows, words], of the program's rows and so many below them; of fp8 [rows, codes]."""
+    SIZE: tl.constexpr = 4 if LEVELS == 0 else 1
     row = clamped(tl.program_id(0) * ROWS + tl.arange(0, ROWS), outputs) + below
-    word = (start + tl.arange(0, WORDS))[None, :]
-    return streamed(codes + row[:, None] * LENGTH + word, word < LENGTH, EVEN)
+    at = (start * SIZE + tl.arange(0, WORDS * SIZE))[None, :]
+    if LEVELS == 0:
+        codes = codes.to(tl.pointer_type(tl.float8e4nv))
+    return streamed(codes + row[:, None] * (LENGTH * SIZE) + at, at < LENGTH * SIZE, EVEN)
 
 
 @triton.jit
@@ -114,11 +118,17 @@ def _inputs(x, start, WIDTH: tl.constexpr, FOURS: tl.constexpr, PER: tl.constexp
 
 @triton.jit
 def _dots(q, x0, x1, x2, x3, LEVELS: tl.constexpr):
-    """Words [rows, words] by what they meet -> [rows, fours], less by UNIT's power of two."""
-    even, odd = tl.split(tl.reshape(q, [q.shape[0], q.shape[1] // 4, 2, 2]))
+    """What _words loaded by what it meets -> [rows, fours], of integers less by UNIT's power of two."""
+    ROWS: tl.constexpr = q.shape[0]
+    FOURS: tl.constexpr = x0.shape[0]
+    if LEVELS == 0:
+        q = tl.permute(tl.reshape(q.to(tl.float32), [ROWS, FOURS, 2, 2, 4]), (0, 1, 4, 2, 3))
+    else:
+        q = tl.reshape(q, [ROWS, FOURS, 2, 2])
+    even, odd = tl.split(q)
     q0, q2 = tl.split(even)
     q1, q3 = tl.split(odd)
-    dots = tl.zeros([q.shape[0], q.shape[1] // 4], tl.float32)
+    dots = tl.zeros([ROWS, FOURS], tl.float32)
     dots = _dot(dots, q0, x0, LEVELS)
     dots = _dot(dots, q1, x1, LEVELS)
     dots = _dot(dots, q2, x2, LEVELS)
@@ -127,7 +137,7 @@ def _dots(q, x0, x1, x2, x3, LEVELS: tl.constexpr):
 
 @triton.jit
 def _dot(dots, q, x, LEVELS: tl.constexpr):
-    """And one word of each four, [rows, fours], by its inputs [fours, columns of a word]."""
+    """And one word of each four, [rows, fours], by its inputs [fours, columns of a word]; fp8: [rows, fours, 4]."""
     if LEVELS == 16:
         even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2, 2]))
         even_low, even_high = tl.split(even)  # columns 0 and 4, 2 and 6
@@ -156,10 +166,13 @@ def _dot(dots, q, x, LEVELS: tl.constexpr):
             dots += _times(high, 0, 255, x2)
             dots += _times(high, 8, 255, x3)
         else:
-            dots += _float_times(q << 24, x0)
-            dots += _float_times(q << 16, x1)
-            dots += _float_times(q << 8, x2)
-            dots += _float_times(q, x3)
+            even, odd = tl.split(tl.reshape(q, [q.shape[0], q.shape[1], 2, 2]))
+            q0, q2 = tl.split(even)
+            q1, q3 = tl.split(odd)
+            dots += q0 * x0[None, :]
+            dots += q1 * x1[None, :]
+            dots += q2 * x2[None, :]
+            dots += q3 * x3[None, :]
     return dots
 
 
@@ -171,18 +184,11 @@ def _times(word, PLACE: tl.constexpr, MASK: tl.constexpr, x):
 
 
 @triton.jit
-def _float_times(word, x):
-    """The fp8 code in the highest byte, times x, times 2 ** -60: exponents count from 7 there, from 127 in floats."""
-    FACTOR: tl.constexpr = 2.0**60
-    return ((word >> 4) & -0x78100000).to(tl.float32, bitcast=True) * (x * FACTOR)[None, :]
-
-
-@triton.jit
 def _meant(dots, alone, each, low, SYMMETRIC: tl.constexpr, LEVELS: tl.constexpr):
     """What the weights give: dots [rows, fours], and alone [1, fours], the sums of x itself."""
-    UNIT: tl.constexpr = 2.0**60 if LEVELS == 0 else 2.0**69
+    UNIT: tl.constexpr = 2.0**69
     if LEVELS == 0:
-        return dots * (each * UNIT)
+        return dots * each
     elif SYMMETRIC:
         return (dots * UNIT - (LEVELS // 2) * alone) * each
     else:
