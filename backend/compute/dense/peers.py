@@ -70,20 +70,16 @@ def _sum_kernel(
     for token in range(program, tokens, tl.num_programs(0)):
         here = token * WIDTH + at
         x = tl.zeros([BLOCK], tl.float32)
-        if hidden is not None:  # asked for before the wait
+        if hidden is not None:  # asked for before the wait, as is the weight
             x = tl.load(hidden + here, mask=inside, other=0.0).to(tl.float32)
+        if weight is not None:
+            gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         own = _sendable(tl.load(part + here, mask=inside, other=0.0), inboxes[RANK], EMPTY)
-        total = tl.zeros([BLOCK], tl.float32)
-        for peer in tl.static_range(WORLD):
-            found = own
-            if peer != RANK:
-                found = _taken(inboxes[RANK] + half + peer * ROOM + here, inside, patience, EMPTY)
-            total += found.to(part.dtype.element_ty, bitcast=True).to(tl.float32)
+        total = _total(own, part, inboxes[RANK] + half + here, inside, patience, ROOM, RANK, WORLD, EMPTY)
         x = (x + total).to(part.dtype.element_ty)
         if hidden is not None:
             tl.store(hidden + here, x, mask=inside)
         if weight is not None:
-            gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
             x = _scaled(x, gain, eps, WIDTH)
         if hidden is None or weight is not None:
             tl.store(output + here, x, mask=inside)
@@ -96,6 +92,20 @@ def _sendable(value, inbox, EMPTY: tl.constexpr):
     """Its bits, but for the one pattern that means that nothing has come."""
     bits = value.to(inbox.dtype.element_ty, bitcast=True)
     return tl.where(bits == EMPTY, 0, bits)
+
+
+@triton.jit
+def _total(
+    own, part, place, inside, patience, ROOM: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, EMPTY: tl.constexpr
+):
+    """float32, of this rank's bits and of those at its place in the inbox; `part` has the type that they stand for."""
+    total = tl.zeros(own.shape, tl.float32)
+    for peer in tl.static_range(WORLD):
+        found = own
+        if peer != RANK:
+            found = _taken(place + peer * ROOM, inside, patience, EMPTY)
+        total += found.to(part.dtype.element_ty, bitcast=True).to(tl.float32)
+    return total
 
 
 @triton.jit
