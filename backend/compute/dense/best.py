@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from backend.compute.dense.early import begin, early
+
 NOWHERE = tl.constexpr(2**31 - 1)
 
 
@@ -23,15 +25,16 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     parts = triton.cdiv(width, block)
     values = torch.empty(tokens, parts, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, parts, dtype=torch.int32, device=logits.device)
-    _part_kernel[(tokens, parts)](values, ids, logits, width, BLOCK=block)
+    _part_kernel[(tokens, parts)](values, ids, logits, width, BLOCK=block, **early(logits))
     value = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     index = torch.empty(tokens, dtype=torch.int64, device=logits.device)
-    _whole_kernel[(tokens,)](value, index, values, ids, parts, BLOCK=triton.next_power_of_2(parts))
+    _whole_kernel[(tokens,)](value, index, values, ids, parts, BLOCK=triton.next_power_of_2(parts), **early(logits))
     return value, index
 
 
 @triton.jit
-def _part_kernel(values, ids, logits, width, BLOCK: tl.constexpr):
+def _part_kernel(values, ids, logits, width, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
+    begin(EARLY)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -43,7 +46,8 @@ def _part_kernel(values, ids, logits, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _whole_kernel(value, index, values, ids, parts, BLOCK: tl.constexpr):
+def _whole_kernel(value, index, values, ids, parts, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
+    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x = tl.load(values + token * parts + at, mask=at < parts, other=float("-inf"))
