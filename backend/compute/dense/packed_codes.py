@@ -39,16 +39,18 @@ def _placed(q, SHIFT: tl.constexpr, LEVELS: tl.constexpr):
     same, which makes them less by the difference of the exponents' bias, 2 ** 120 or 0x7B80.
     """
     if LEVELS == 16:
-        PTX: tl.constexpr = f"""{{ .reg .b32 w, c; mov.b32 c, 0x43084308; shr.u32 w, $1, {SHIFT};
+        INT4: tl.constexpr = f"""{{ .reg .b32 w, c; mov.b32 c, 0x43084308; shr.u32 w, $1, {SHIFT};
             lop3.b32 w, w, 0x000F000F, 0x43004300, 0xEA; sub.bf16x2 $0, w, c; }}"""
+        return tl.inline_asm_elementwise(INT4, "=r,r", [q], tl.bfloat16, True, 2)
     elif LEVELS == 256:
-        PTX: tl.constexpr = f"""{{ .reg .b32 w, c; shr.u32 w, $1, {SHIFT};
+        INT8: tl.constexpr = f"""{{ .reg .b32 w, c; shr.u32 w, $1, {SHIFT};
             lop3.b32 c, w, 0x00800080, 0x43804380, 0x6A; lop3.b32 w, w, 0x007F007F, 0x43004300, 0xEA;
             sub.bf16x2 $0, w, c; }}"""
+        return tl.inline_asm_elementwise(INT8, "=r,r", [q], tl.bfloat16, True, 2)
     else:
-        PTX: tl.constexpr = f"""{{ .reg .b32 w, s, c; mov.b32 c, 0x7B807B80; shl.b32 s, $1, {8 - SHIFT};
+        FP8: tl.constexpr = f"""{{ .reg .b32 w, s, c; mov.b32 c, 0x7B807B80; shl.b32 s, $1, {8 - SHIFT};
             shr.u32 w, s, 4; and.b32 w, w, 0x07F007F0; lop3.b32 w, s, 0x80008000, w, 0xEA; mul.bf16x2 $0, w, c; }}"""
-    return tl.inline_asm_elementwise(PTX, "=r,r", [q], tl.bfloat16, True, 2)
+        return tl.inline_asm_elementwise(FP8, "=r,r", [q], tl.bfloat16, True, 2)
 
 
 @triton.jit

@@ -33,7 +33,6 @@ def packed_matrix_kernel(
     PER: tl.constexpr = 4 if LEVELS == 16 else 2
     SHARE: tl.constexpr = (WIDTH + COLUMNS * SPLITS - 1) // (COLUMNS * SPLITS) * COLUMNS
     EVEN: tl.constexpr = WIDTH % (COLUMNS * SPLITS) == 0
-    GROUPS: tl.constexpr = COLUMNS // GROUP if COLUMNS > GROUP and GROUP < WIDTH else 1
     LATE: tl.constexpr = GROUP == WIDTH and offset is None
     PLACES: tl.constexpr = WIDTH // PER
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -42,24 +41,15 @@ def packed_matrix_kernel(
     live = token < tokens
     line = x + tl.where(live, token, 0).to(tl.int64)[:, None] * WIDTH
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
-    for begin in tl.range(0, SHARE, COLUMNS, num_stages=STAGES):
-        start = tl.program_id(1) * SHARE + begin
+    for tile in tl.range(0, SHARE, COLUMNS, num_stages=STAGES):
+        start = tl.program_id(1) * SHARE + tile
         at = start // PER + tl.arange(0, COLUMNS // PER)
         inside = (at < PLACES)[None, :]
         q = streamed(codes + safe[:, None] * PLACES + at[None, :], inside, EVEN)
-        each, middle = 0.0, 0.0
         if not LATE:
-            group = (start // GROUP if GROUP < WIDTH else 0) + tl.arange(0, GROUPS)
-            if not EVEN:
-                group = tl.minimum(group, WIDTH // GROUP - 1)
-            there = safe[:, None] * (WIDTH // GROUP) + group[None, :]
-            each = steps(scale + there, DIVIDES, PAIRED)
-            middle = tl.zeros_like(each)
-            if offset is not None:
-                middle = tl.load(offset + there).to(tl.float32) + each * (LEVELS // 2)
-            if PAIRED:
-                each, middle = each.to(tl.bfloat16), middle.to(tl.bfloat16)
-            each, middle = _spread(each, COLUMNS // PER), _spread(middle, COLUMNS // PER)
+            each, middle = _scales(
+                scale, offset, safe, start, WIDTH, GROUP, COLUMNS, COLUMNS // PER, EVEN, LEVELS, DIVIDES, PAIRED
+            )
         for place in tl.static_range(PER):
             part = kept(line + place * PLACES + at[None, :], inside, EVEN)
             w = numbers(q, place, LEVELS, PAIRED)
@@ -74,6 +64,27 @@ def packed_matrix_kernel(
         tl.store(all_sums + tl.program_id(1).to(tl.int64) * tokens * outputs + where, sums, mask=mask)
     else:
         finish(result, sums, sums, bias, residual, where, row[:, None], mask, outputs, "")
+
+
+@triton.jit
+def _scales(
+    scale, offset, row, start,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, PLACES: tl.constexpr, EVEN: tl.constexpr,
+    LEVELS: tl.constexpr, DIVIDES: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """What numbers of the columns from `start` are multiplied with, and what is added then, [rows, places]."""
+    GROUPS: tl.constexpr = COLUMNS // GROUP if COLUMNS > GROUP and GROUP < WIDTH else 1
+    group = (start // GROUP if GROUP < WIDTH else 0) + tl.arange(0, GROUPS)
+    if not EVEN:
+        group = tl.minimum(group, WIDTH // GROUP - 1)
+    there = row[:, None] * (WIDTH // GROUP) + group[None, :]
+    each = steps(scale + there, DIVIDES, PAIRED)
+    middle = tl.zeros_like(each)
+    if offset is not None:
+        middle = tl.load(offset + there).to(tl.float32) + each * (LEVELS // 2)
+    if PAIRED:
+        each, middle = each.to(tl.bfloat16), middle.to(tl.bfloat16)
+    return _spread(each, PLACES), _spread(middle, PLACES)
 
 
 @triton.jit
