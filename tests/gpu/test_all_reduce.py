@@ -89,6 +89,33 @@ def test_ranks_in_processes_of_their_own_get_the_same_sums(dtype, world):
             torch.testing.assert_close(found[0].float(), normed if way != 3 else total, rtol=close, atol=close)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="for the interpreter")
+def test_a_rank_may_be_one_sum_ahead():
+    """What it sent for the next sum does not take the place of what the late one has not read."""
+    from backend.compute.dense.peers import PROGRAMS, summed
+
+    width, world, sizes, patience = 24, 2, (3, 3, 1, 3), 5
+    empty = torch.iinfo(torch.int16).min
+    inboxes = tuple(torch.full((2, world, 4 * width), empty, dtype=torch.int16) for _ in range(world))
+    turns = [torch.zeros(PROGRAMS, dtype=torch.int32) for _ in range(world)]
+    made = [parts(torch.float16, world, tokens, width, call) for call, tokens in enumerate(sizes)]
+    calls = [0] * max(sizes)
+    for call in range(0, len(sizes), 2):
+        late, ahead = [each[0].clone() for each in made[call : call + 2]], made[call : call + 2]
+        for _, part in ahead:
+            sent = torch.where(part.view(torch.int16) == empty, 0, part.view(torch.int16))
+            for token, row in enumerate(sent):
+                inboxes[0][calls[token] % 2, 1, token * width :][:width] = row
+                calls[token] += 1
+        for part in late:
+            summed(part, None, None, 0.0, inboxes, turns[0], 0, patience)
+        for part, (mine, others) in zip(late, ahead, strict=True):
+            assert torch.equal(part, (mine.float() + others.float()).half())
+            found = summed(others.clone(), None, None, 0.0, inboxes, turns[1], 1, patience)
+            assert torch.equal(found, part)
+    assert all(bool((inbox == empty).all()) for inbox in inboxes)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED or torch.cuda.device_count() < WORLD, reason=f"{WORLD} GPUs needed")
 def test_two_gpus(tmp_path):
