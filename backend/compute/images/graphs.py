@@ -1,6 +1,7 @@
 """CUDA graphs of a pipeline's models: one launch a call in place of a thousand. It knows no pipeline.
 
-The same kernels run in the same order, so the images are the same. A graph holds for one set of shapes.
+The images are the same up to rounding: a library may choose other kernels while it is captured (transformers gives
+masks that it otherwise leaves out). A graph holds for one set of shapes.
 """
 
 from __future__ import annotations

@@ -217,7 +217,12 @@ def test_the_digits_sample_is_drawn_to_the_pixel():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_cuda_graphs_change_no_pixel(kind, folder):
+def test_cuda_graphs_change_pixels_by_rounding_alone(kind, folder):
+    """While a graph is captured, transformers 5.17 gives CLIP a mask where it otherwise says "causal": other kernels.
+
+    All of float16's rounding moves 6 % of the pixels by 1 of 255 (CPU, beside float32); another prompt or step count at
+    least 33 %, by 3 and more.
+    """
     made = [
         Diffusion(
             Birth("", settings(folder(kind), device="cuda", cuda_graphs=graphs, compile=False), 0, 1, "", 0), print
@@ -225,7 +230,9 @@ def test_cuda_graphs_change_no_pixel(kind, folder):
         for graphs in (True, False)
     ]
     for given in (batch(guidance_scale=3.0), batch(PROMPTS[:1], [4]), batch(guidance_scale=3.0)):
-        assert np.array_equal(*(arrays(worker.forward(given)) for worker in made))
+        replayed, plain = (arrays(worker.forward(given)).astype(int) for worker in made)
+        assert np.abs(replayed - plain).max() <= 1
+        assert (replayed != plain).mean() < 0.1
 
 
 @pytest.fixture(scope="module")
