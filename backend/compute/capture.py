@@ -29,7 +29,7 @@ def capturing(
     if stream is None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        stream = _side(torch.cuda.current_device())
+        stream = side(torch.cuda.current_device())
     with torch.cuda.stream(stream):  # torch.cuda.graph would not go back from its stream after a refusal
         graph.capture_begin(pool=pool, capture_error_mode=mode)
         try:
@@ -43,7 +43,8 @@ def capturing(
 
 
 @cache
-def _side(device: int) -> torch.cuda.Stream:
+def side(device: int) -> torch.cuda.Stream:
+    """Where all of a device's captures are made that share a pool: its memory serves one stream."""
     return torch.cuda.Stream(device)
 
 

@@ -254,10 +254,15 @@ class Decoder:
         def forward(ids: Tensor, positions: Tensor, slots: Tensor, step: Step, ends: Tensor) -> Tensor:
             return self._forward(self._known(ids, slots), positions, step, ends)
 
-        for size in prompt_graphs.sizes(config.step_tokens)[::-1]:
-            inputs = prompt_graphs.Inputs(self._cache, size, min(size, config.max_sequences), len(self._last) - 1)
-            self._prompts[size] = PromptGraph(forward, inputs, step, places, self._pool)
-        self._progress(f"warm-up: prompts of up to {config.step_tokens} tokens in {len(self._prompts)} graphs")
+        try:
+            for size in prompt_graphs.sizes(config.step_tokens)[::-1]:
+                inputs = prompt_graphs.Inputs(self._cache, size, min(size, config.max_sequences), len(self._last) - 1)
+                self._prompts[size] = PromptGraph(forward, inputs, step, places, self._pool)
+        except RuntimeError as error:  # code that waits for the device, say: then Python launches each kernel
+            self._prompts.clear()
+            self._progress(f"warm-up: prompts without graphs: {' '.join(str(error).split())[:200]}")
+        else:
+            self._progress(f"warm-up: prompts of up to {config.step_tokens} tokens in {len(self._prompts)} graphs")
 
     def _capture(self, size: int) -> DecodeGraph:
         width = -(-self._max_model_len // self._config.block_size)

@@ -11,6 +11,7 @@ begins the next. Tensors on their way to and from attention lie in places that a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache
+from backend.compute.capture import capturing, side
 from backend.generation.plan import Plan
 
 Attention = Callable[[Step], Tensor]
@@ -128,24 +130,22 @@ class PromptGraph:
             cut = replace(step, kv_slots=inputs.kv_slots, kernel=Cut(places, between), kept={})
             return places.copied("logits", forward(inputs.ids, inputs.positions, inputs.slots, cut, inputs.ends))
 
-        stream = _stream()
+        stream = side(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             compute(lambda attention, output: None)  # kernels compile, libraries allocate, places are made
             torch.cuda.synchronize()
-            self._begin()
-            try:
+            with ExitStack() as self._open:
+                self._begin()
                 self._logits = compute(self._cut)
-            finally:
-                self._pieces[-1].capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
     def _begin(self) -> None:
         self._pieces.append(torch.cuda.CUDAGraph())
-        self._pieces[-1].capture_begin(pool=self._pool)
+        self._open.enter_context(capturing(self._pieces[-1], self._pool, torch.cuda.current_stream()))
 
     def _cut(self, attention: Attention, output: Tensor) -> None:
-        self._pieces[-1].capture_end()
+        self._open.close()
         self._calls.append((attention, output))
         self._begin()
 
@@ -158,10 +158,3 @@ class PromptGraph:
             output[: len(found)].copy_(found)
         self._pieces[-1].replay()
         return self._logits[: len(plan.rows)]
-
-
-def _stream() -> torch.cuda.Stream:
-    """The one on which torch captures: memory in a pool serves the stream that it was allocated on."""
-    if torch.cuda.graph.default_capture_stream is None:
-        torch.cuda.graph.default_capture_stream = torch.cuda.Stream()
-    return torch.cuda.graph.default_capture_stream
