@@ -26,8 +26,8 @@ from backend.compute.cache import KVCache
 from backend.compute.capture import capturing, side
 from backend.generation.plan import Plan
 
-Attention = Callable[[Step], Tensor]
-"""One layer's attention of a step's own tokens, by the step's own kernel.  # -> [tokens, heads, dim]"""
+Attention = Callable[[Step, Tensor], object]
+"""One layer's attention of a step's own tokens, by its own kernel; the result goes into a place [tokens, heads, dim]."""
 Between = Callable[[Attention, Tensor], None]
 """Is told what belongs between two pieces, and where its result is expected."""
 Forward = Callable[[Tensor, Tensor, Tensor, Step, Tensor], Tensor]
@@ -100,16 +100,16 @@ class Cut:
         given = {"query": query, "key": key, "value": value}
         q, k, v = (self._places.copied(name, each.transpose(0, 1)) for name, each in given.items())
 
-        def attention(live: Step) -> Tensor:
-            query, key, value = (each[: len(live.kv_slots)].transpose(0, 1) for each in (q, k, v))
-            return live.attend(layer, query, key, value, rule)
+        def attention(live: Step, place: Tensor) -> None:
+            query, key, value = (each[: len(place)].transpose(0, 1) for each in (q, k, v))
+            place.copy_(live.attend(layer, query, key, value, rule))
 
         return self._noted(attention, q)
 
-    def read(self, query: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
+    def read(self, query: Tensor, layer: int, step: Step, rule: Rule, output: Tensor | None = None) -> Tensor:
         """See base.Kernel: [tokens, heads, dim] -> the same."""
         q = self._places.copied("query", query)
-        return self._noted(lambda live: live.read(layer, q[: len(live.kv_slots)], rule), q)
+        return self._noted(lambda live, place: live.read(layer, q[: len(place)], rule, place), q)
 
     def _noted(self, attention: Attention, query: Tensor) -> Tensor:
         output = self._places.of("output", query)
@@ -154,7 +154,6 @@ class PromptGraph:
         self._inputs.fill(plan)
         for piece, (attention, output) in zip(self._pieces, self._calls, strict=False):  # one more piece follows
             piece.replay()
-            found = attention(live)
-            output[: len(found)].copy_(found)
+            attention(live, output[: len(plan.input_ids)])
         self._pieces[-1].replay()
         return self._logits[: len(plan.rows)]

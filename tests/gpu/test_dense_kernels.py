@@ -5,11 +5,9 @@ They need CUDA. TRITON_INTERPRET=1 runs most of them on CPU, where OpenAI Triton
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +23,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = (
     [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
 )
-from backend.compute.dense import best, early, gate, kernels, norm, rope, small_kernels, small_linear  # noqa: E402
+from backend.compute.dense import kernels, small_linear  # noqa: E402
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 """Largest error allowed, relative to the largest magnitude of the result."""
@@ -273,85 +271,31 @@ def test_rule_covers_every_size() -> None:
         assert chosen is None or (chosen.columns >= 64 and (tokens == 1 or chosen.rows >= 16))
 
 
-class Layer:
-    """Everything in a row, as a layer would; then the head."""
-
-    def __init__(self, tokens: int, width: int = 512) -> None:
-        random = Random(torch.bfloat16)
-        self.hidden, self.gain = random(tokens, width), random(width)
-        sizes = {"qkv": (768, width), "out": (width, 512), "gate": (2 * width, width), "head": (5000, width)}
-        self.weights = {name: random(*size, scale=0.05) for name, size in sizes.items()}
-        self.cos, self.sin, self.kv = random(tokens, 64), random(tokens, 64), random(9, 16, 2, 2, 64)
-        self.slots = torch.arange(tokens, device=DEVICE)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        gain, weights = self.gain, self.weights
-        norms = (gain[:64], gain[64:128])
-        qkv = kernels.linear(x, weights["qkv"], None, None, (gain, 1e-5), None)
-        q = kernels.roped(qkv, self.cos, self.sin, self.kv, self.slots, 8, norms, 1e-5).flatten(1)
-        kernels.linear(q, weights["out"], None, x, None, None)
-        up = kernels.linear(x, weights["gate"], None, None, (gain, 1e-5), "silu")
-        return kernels.best(kernels.linear(kernels.normed(x, up, gain, 1e-5), weights["head"], None, None, None, None))
-
-
 @pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
-@pytest.mark.parametrize("start_early", [True, False])
 @pytest.mark.parametrize("tokens", [1, 4, 16, 32])
-def test_cuda_graph_follows_new_values(tokens: int, start_early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay computes what is in its inputs then."""
-    monkeypatch.setattr(early, "ON", start_early)
-    layer = Layer(tokens)
-    static = torch.zeros_like(layer.hidden)
+def test_cuda_graph_follows_new_values(tokens: int) -> None:
+    """Everything in a row, as a layer would; a replay computes what is in its inputs then."""
+    random = Random(torch.bfloat16)
+    hidden, qkv_weight, weight = random(tokens, 512), random(768, 512, scale=0.05), random(512, 512, scale=0.05)
+    gate, head, gain = random(1024, 512, scale=0.05), random(5000, 512, scale=0.05), random(512)
+    cos, sin, kv = random(tokens, 64), random(tokens, 64), random(9, 16, 2, 2, 64)
+    slots = torch.arange(tokens, device=DEVICE)
+
+    def layer(x: Tensor) -> tuple[Tensor, Tensor]:
+        qkv = kernels.linear(x, qkv_weight, None, None, (gain, 1e-5), None)
+        q = kernels.roped(qkv, cos, sin, kv, slots, 8, (gain[:64], gain[64:128]), 1e-5).flatten(1)
+        kernels.linear(q, weight, None, x, None, None)
+        up = kernels.linear(x, gate, None, None, (gain, 1e-5), "silu")
+        return kernels.best(kernels.linear(kernels.normed(x, up, gain, 1e-5), head, None, None, None, None))
+
+    static = torch.zeros_like(hidden)
     layer(static)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         values, ids = layer(static)
-    static.copy_(layer.hidden)
+    static.copy_(hidden)
     graph.replay()
-    expected_values, expected_ids = layer(layer.hidden.clone())
+    expected_values, expected_ids = layer(hidden.clone())
     assert torch.equal(values, expected_values)
     assert torch.equal(ids, expected_ids)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="needs CUDA")
-@pytest.mark.parametrize("tokens", [1, 4, 16, 32])
-def test_kernels_that_start_early_give_the_same(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty layers one after the other, whose kernels reuse each other's memory: bit for bit, every time."""
-    layer = Layer(tokens, 2048)
-    monkeypatch.setattr(early, "ON", True)
-    if not early.early(layer.hidden):
-        pytest.skip("nothing starts early here")
-
-    def run(on: bool) -> Tensor:
-        monkeypatch.setattr(early, "ON", on)
-        x = layer.hidden.clone()
-        return torch.stack([part.double() for _ in range(20) for part in layer(x)])
-
-    expected = run(on=False)
-    assert all(torch.equal(run(on=True), expected) for _ in range(20))
-
-
-EARLY = [
-    norm._norm_kernel, gate._gate_kernel, rope._rope_kernel, best._part_kernel, best._whole_kernel,
-    small_kernels.vector_kernel, small_kernels.matrix_kernel, small_kernels.join_kernel,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kernel", EARLY, ids=lambda kernel: kernel.__name__)
-def test_kernels_that_start_early_wait_before_they_read_or_write(kernel: Any) -> None:
-    before, waits, after = inspect.getsource(kernel.fn).partition("    begin(EARLY)\n")
-    assert waits
-    assert "load(" in after or "streamed(" in after
-    for access in ("load(", "store(", "streamed(", "kept(", "finish(", "return"):
-        assert access not in before
-
-
-def test_nothing_starts_early_where_the_device_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert early.early(torch.zeros(1)) == {}
-    monkeypatch.setattr(early, "ON", True)
-    monkeypatch.setattr(early, "_able", lambda device: True)
-    on_cuda = type("OnCuda", (), {"is_cuda": True, "device": None})()
-    assert early.early(on_cuda) == {"EARLY": True, "launch_pdl": True}
-    monkeypatch.setattr(early, "ON", False)
-    assert early.early(on_cuda) == {}

@@ -42,8 +42,11 @@ class Kernel(Protocol):
         [heads, tokens, dim] and twice [kv heads, tokens, dim] -> [tokens, heads, dim].
         """
 
-    def read(self, query: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
-        """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim]."""
+    def read(self, query: Tensor, layer: int, step: Step, rule: Rule, output: Tensor | None = None) -> Tensor:
+        """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim], there if given.
+
+        Contiguous where it is given.
+        """
 
 
 def kernel(device_type: str) -> Kernel:

@@ -58,7 +58,8 @@ class Shape:
 
 SHAPE = Shape()
 NARROW = Shape(per_processor=3)
-"""For heads of up to 64: a step of 256 sequences of a 1B took 3.78 ms with it, 3.92 with two (H200).
+"""For heads of up to 64, where there is more than a pair a program: a step of a 1B took 3.78 ms with it and 3.92 with
+two at 256 sequences, but 1.53 and 1.43 at 32, whose 256 pairs two come out even for (H200).
 
 Also for pairs of float8, whose tiles take the time of half their bytes in bfloat16 and need fewer registers.
 """
@@ -72,7 +73,8 @@ def decode(output: Tensor, query: Tensor, kv: Tensor, step: Step, rule: Rule) ->
     group, wide = heads // kv_heads, padded(dim)
     rows = max(16, triton.next_power_of_2(group))
     pairs = paired(query, kv)
-    shape = NARROW if wide <= 64 or pairs else SHAPE
+    several = chunks * kv_heads > processors(query.device) * SHAPE.per_processor
+    shape = NARROW if several and (wide <= 64 or pairs) else SHAPE
     columns, kv = columns_of(wide, query, kv, shape.tile_bytes), readable(kv, pairs)
     programs = processors(query.device) * shape.per_processor
     partial = torch.empty(programs * 2, group, dim, dtype=torch.float32, device=query.device)

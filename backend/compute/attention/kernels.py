@@ -31,12 +31,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, ru
     return read(query.transpose(0, 1), layer, step, rule)
 
 
-def read(query: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
-    """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim]."""
+def read(query: Tensor, layer: int, step: Step, rule: Rule, output: Tensor | None = None) -> Tensor:
+    """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim], there if given."""
     if query.shape[2] > WIDEST_HEAD or query.shape[2] % 8:
         raise LoadError(f"head size {query.shape[2]}: the CUDA kernel takes multiples of 8 up to {WIDEST_HEAD}")
     kv, query = step.cache.layers[layer], dense(query)
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device) if output is None else output
     single, several = (True, False) if step.decode else step.once("chunk sizes", lambda: _sizes(step))
     if several:
         prefill(output, query, kv, step, rule)

@@ -41,9 +41,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layer: int, step: Step, ru
     return _read(query, (key, value), layer, step, rule)
 
 
-def read(query: Tensor, layer: int, step: Step, rule: Rule) -> Tensor:
-    """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim]."""
-    return _read(query.transpose(0, 1), None, layer, step, rule)
+def read(query: Tensor, layer: int, step: Step, rule: Rule, output: Tensor | None = None) -> Tensor:
+    """[tokens, heads, dim], whose keys and values are in the cache already -> [tokens, heads, dim], there if given."""
+    found = _read(query.transpose(0, 1), None, layer, step, rule)
+    return found if output is None else output.copy_(found)
 
 
 def _read(query: Tensor, new: tuple[Tensor, Tensor] | None, layer: int, step: Step, rule: Rule) -> Tensor:

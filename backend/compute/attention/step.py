@@ -57,9 +57,9 @@ class Step:
         """One layer's attention: [heads, tokens, dim], twice [kv heads, tokens, dim] -> [tokens, heads, dim]."""
         return self.kernel.attend(query, key, value, layer, self, rule)
 
-    def read(self, layer: int, query: Tensor, rule: Rule) -> Tensor:
+    def read(self, layer: int, query: Tensor, rule: Rule, output: Tensor | None = None) -> Tensor:
         """The same where the step's keys and values are in the cache already: [tokens, heads, dim], to and fro."""
-        return self.kernel.read(query, layer, self, rule)
+        return self.kernel.read(query, layer, self, rule, output)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What `make` returns, made by the first layer that asks under this key."""

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backend.compute.dense.early import begin, early
-
 NOWHERE = tl.constexpr(2**31 - 1)
 
 
@@ -25,16 +23,15 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     parts = triton.cdiv(width, block)
     values = torch.empty(tokens, parts, dtype=torch.float32, device=logits.device)
     ids = torch.empty(tokens, parts, dtype=torch.int32, device=logits.device)
-    _part_kernel[(tokens, parts)](values, ids, logits, width, BLOCK=block, **early(logits))
+    _part_kernel[(tokens, parts)](values, ids, logits, width, BLOCK=block)
     value = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     index = torch.empty(tokens, dtype=torch.int64, device=logits.device)
-    _whole_kernel[(tokens,)](value, index, values, ids, parts, BLOCK=triton.next_power_of_2(parts), **early(logits))
+    _whole_kernel[(tokens,)](value, index, values, ids, parts, BLOCK=triton.next_power_of_2(parts))
     return value, index
 
 
 @triton.jit
-def _part_kernel(values, ids, logits, width, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
-    begin(EARLY)
+def _part_kernel(values, ids, logits, width, BLOCK: tl.constexpr):
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -46,8 +43,7 @@ def _part_kernel(values, ids, logits, width, BLOCK: tl.constexpr, EARLY: tl.cons
 
 
 @triton.jit
-def _whole_kernel(value, index, values, ids, parts, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
-    begin(EARLY)
+def _whole_kernel(value, index, values, ids, parts, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x = tl.load(values + token * parts + at, mask=at < parts, other=float("-inf"))

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from backend.compute.dense.base import known
-from backend.compute.dense.early import begin, early
 
 BLOCK = 1024
 
@@ -21,16 +20,13 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     tokens, width = len(gate_up), gate_up.shape[1] // 2
     output = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
     _gate_kernel[(tokens, triton.cdiv(width, BLOCK))](
-        output, gate_up, WIDTH=width, BLOCK=BLOCK, ACTIVATION=known(activation), **early(gate_up)
+        output, gate_up, WIDTH=width, BLOCK=BLOCK, ACTIVATION=known(activation)
     )
     return output
 
 
 @triton.jit
-def _gate_kernel(
-    output, gate_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, EARLY: tl.constexpr = False
-):  # fmt: skip
-    begin(EARLY)
+def _gate_kernel(output, gate_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < WIDTH

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from backend.compute.dense.early import begin, early
-
 
 def normed(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """See base.Ops."""
@@ -19,17 +17,13 @@ def normed(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) ->
     output = torch.empty_like(hidden)
     block = triton.next_power_of_2(width)
     _norm_kernel[(tokens,)](
-        output, hidden, update, weight, eps,
-        WIDTH=width, BLOCK=block, num_warps=min(16, max(1, block // 512)), **early(hidden),
-    )  # fmt: skip
+        output, hidden, update, weight, eps, WIDTH=width, BLOCK=block, num_warps=min(16, max(1, block // 512))
+    )
     return output
 
 
 @triton.jit
-def _norm_kernel(
-    output, hidden, update, weight, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False
-):  # fmt: skip
-    begin(EARLY)
+def _norm_kernel(output, hidden, update, weight, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
     start = tl.program_id(0).to(tl.int64) * WIDTH

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backend.compute.dense.base import Norm, known
-from backend.compute.dense.early import early
 from backend.compute.dense.gate import gated
 from backend.compute.dense.norm import normed
 from backend.compute.dense.packed_codes import LEVELS
@@ -112,12 +111,12 @@ def by_matrix(
         WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, COLUMNS=shape.columns, TOKENS=size,
         STAGES=shape.stages, SPLITS=shape.splits, LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides,
         PAIRED=x.dtype == torch.bfloat16 and not INTERPRETED,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=shape.warps, **early(x),
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=shape.warps,
     )  # fmt: skip
     if sums is not None:
         join_kernel[(triton.cdiv(outputs, 512), tokens)](
             result, sums, None, bias, residual, 0.0, outputs,
-            WIDTH=width, SPLITS=shape.splits, ACTIVATION="", BLOCK=512, **early(x),
+            WIDTH=width, SPLITS=shape.splits, ACTIVATION="", BLOCK=512,
         )  # fmt: skip
     return result
 
@@ -140,9 +139,8 @@ def _arranged(x: Tensor, per: int, norm: Norm | None) -> Tensor:
     gain, eps = norm or (None, 0.0)
     block = 1024 if norm is None else triton.next_power_of_2(width)
     arranged_kernel[(tokens, triton.cdiv(width, block))](
-        arranged, x, gain, eps,
-        WIDTH=width, PER=per, BLOCK=block, num_warps=max(4, min(16, block // 512)), **early(x),
-    )  # fmt: skip
+        arranged, x, gain, eps, WIDTH=width, PER=per, BLOCK=block, num_warps=max(4, min(16, block // 512))
+    )
     return arranged
 
 

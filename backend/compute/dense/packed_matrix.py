@@ -2,9 +2,8 @@
 
 A program streams some rows of codes, two bytes at a time, and makes them weights in the registers from which tensor
 cores take them: codes at the same place of their two bytes are one operand, and so nothing changes threads. The columns
-of x that they meet have been put side by side before. One scale a row meets the sums instead of the weights. Where a
-program may start early, it asks for its first codes before it waits. The kernels know neither the rule that shapes them
-nor what it is for.
+of x that they meet have been put side by side before. One scale a row meets the sums instead of the weights. The
+kernels know neither the rule that shapes them nor what it is for.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -16,7 +15,6 @@ from functools import partial
 import triton
 import triton.language as tl
 
-from backend.compute.dense.early import begin, fetched
 from backend.compute.dense.packed_codes import numbers, scaled, steps
 from backend.compute.dense.small_kernels import clamped, finish, kept, streamed
 
@@ -26,7 +24,7 @@ def packed_matrix_kernel(
     result, all_sums, x, codes, scale, offset, bias, residual, outputs, tokens,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr, LEVELS: tl.constexpr, DIVIDES: tl.constexpr, PAIRED: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr = False,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The weights' rows are the rows of the product, tokens its columns; x as arranged_kernel leaves it.
 
@@ -39,10 +37,6 @@ def packed_matrix_kernel(
     PLACES: tl.constexpr = WIDTH // PER
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = clamped(row, outputs)
-    rows = codes + safe * PLACES
-    for stage in tl.static_range(STAGES):
-        fetched(rows, (tl.program_id(1) * SHARE + stage * COLUMNS) // PER, PLACES, COLUMNS // PER, EARLY)
-    begin(EARLY)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     live = token < tokens
     line = x + tl.where(live, token, 0).to(tl.int64)[:, None] * WIDTH
@@ -51,7 +45,7 @@ def packed_matrix_kernel(
         start = tl.program_id(1) * SHARE + tile
         at = start // PER + tl.arange(0, COLUMNS // PER)
         inside = (at < PLACES)[None, :]
-        q = streamed(rows[:, None] + at[None, :], inside, EVEN)
+        q = streamed(codes + safe[:, None] * PLACES + at[None, :], inside, EVEN)
         if not LATE:
             each, middle = _scales(
                 scale, offset, safe, start, WIDTH, GROUP, COLUMNS, COLUMNS // PER, EVEN, LEVELS, DIVIDES, PAIRED
@@ -102,11 +96,8 @@ def _spread(each, PLACES: tl.constexpr):
 
 
 @triton.jit
-def arranged_kernel(
-    arranged, x, gain, eps, WIDTH: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False
-):  # fmt: skip
+def arranged_kernel(arranged, x, gain, eps, WIDTH: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr):
     """Of each token the columns 0, PER, 2 * PER and so on, then 1, PER + 1 and so on; with a gain, whole and normed."""
-    begin(EARLY)
     line = tl.program_id(0).to(tl.int64) * WIDTH
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(x + line + at, mask=at < WIDTH, other=0.0)

@@ -5,8 +5,7 @@ ring goes two. No flag tells that a value has arrived: an inbox is full of a bit
 which 0.0 goes), and whoever has read a value puts the pattern back. (The idea is known as Lamport's queue.)
 
 An inbox has two halves, taken in turns. A rank that stores into a half has finished the kernel before this one, for
-which it needed values that its peers stored after they had emptied that half: so nothing is overwritten unread. That
-holds for kernels that start early too: whoever is past `begin` knows that all before have ended (early.py).
+which it needed values that its peers stored after they had emptied that half: so nothing is overwritten unread.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -17,8 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from backend.compute.dense.early import begin, early
 
 PROGRAMS = 128
 """At most so many wait for their peers, which must all be on the device at once; an H200 takes 132 and more."""
@@ -50,7 +47,7 @@ def summed(
     _sum_kernel[(min(tokens, PROGRAMS),)](
         output, part, hidden, weight, eps, inboxes, turns, tokens, patience,
         ROOM=inboxes[rank].shape[-1], RANK=rank, WORLD=len(inboxes), EMPTY=torch.iinfo(inboxes[rank].dtype).min,
-        WIDTH=width, BLOCK=block, num_warps=min(16, max(1, block // 256)), **early(part),
+        WIDTH=width, BLOCK=block, num_warps=min(16, max(1, block // 256)),
     )  # fmt: skip
     return output
 
@@ -59,9 +56,8 @@ def summed(
 def _sum_kernel(
     output, part, hidden, weight, eps, inboxes, turns, tokens, patience,
     ROOM: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, EMPTY: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
     program = tl.program_id(0)

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from backend.compute.attention.tiles import stored
-from backend.compute.dense.early import begin, early
 
 HEADS_PER_PROGRAM = 4
 """Elements for one warp: four heads of 128 are 16 a thread."""
@@ -38,7 +37,7 @@ def roped(
     _rope_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, HEADS_PER_PROGRAM))](
         output, kv, qkv, cos, sin, slots, query_norm, key_norm, eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, TURNING=cos.shape[1], BLOCK=triton.next_power_of_2(dim),
-        TILE=HEADS_PER_PROGRAM, num_warps=HEADS_PER_PROGRAM // 4 * (1 if dim <= 128 else 2), **early(qkv),
+        TILE=HEADS_PER_PROGRAM, num_warps=HEADS_PER_PROGRAM // 4 * (1 if dim <= 128 else 2),
     )  # fmt: skip
     return output
 
@@ -47,9 +46,8 @@ def roped(
 def _rope_kernel(
     output, kv, qkv, cos, sin, slots, query_norm, key_norm, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, TURNING: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, EARLY: tl.constexpr = False,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    begin(EARLY)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     dim = tl.arange(0, BLOCK)[None, :]

@@ -1,7 +1,6 @@
 """Matrix products of up to 32 tokens as OpenAI-Triton kernels: memory's speed is their limit.
 
-Each program streams some rows of the weights, which are read once, past inputs that stay in the caches. Where a program
-may start early, it asks for its first weights while the kernel before it, which makes its inputs, still runs. They know
+Each program streams some rows of the weights, which are read once, past inputs that stay in the caches. They know
 neither the rule that shapes them nor what the product is for.
 """
 
@@ -14,7 +13,6 @@ from functools import partial
 import triton
 import triton.language as tl
 
-from backend.compute.dense.early import begin, fetched
 from backend.compute.dense.gate import activated
 
 
@@ -22,20 +20,12 @@ from backend.compute.dense.gate import activated
 def vector_kernel(
     result, x, weight, bias, residual, gain, eps, outputs,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, ACTIVATION: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """One token: products are kept apart by column and added up once, after the last."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    rows = weight + clamped(row, outputs) * WIDTH
-    gated_rows = weight + (clamped(row, outputs) + outputs) * WIDTH
-    for stage in tl.static_range(STAGES):
-        fetched(rows, stage * COLUMNS, WIDTH, COLUMNS, EARLY)
-        if ACTIVATION != "":
-            fetched(gated_rows, stage * COLUMNS, WIDTH, COLUMNS, EARLY)
-    begin(EARLY)
-    weights = rows[:, None] + columns[None, :]
-    gated_weights = gated_rows[:, None] + columns[None, :]
+    weights = weight + clamped(row, outputs)[:, None] * WIDTH + columns[None, :]
+    gated_weights = weight + (clamped(row, outputs) + outputs)[:, None] * WIDTH + columns[None, :]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     gate_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([COLUMNS], tl.float32)
@@ -65,7 +55,7 @@ def vector_kernel(
 def matrix_kernel(
     result, all_sums, all_squares, x, weight, bias, residual, gain, eps, outputs, tokens,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr = False,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Several tokens, padded to TOKENS: the weights' rows are the rows of the product, tokens its columns."""
     SHARE: tl.constexpr = (WIDTH + COLUMNS * SPLITS - 1) // (COLUMNS * SPLITS) * COLUMNS
@@ -74,15 +64,8 @@ def matrix_kernel(
     token = tl.arange(0, TOKENS)
     live = token < tokens
     columns = tl.program_id(1) * SHARE + tl.arange(0, COLUMNS)
-    rows = weight + clamped(row, outputs) * WIDTH
-    gated_rows = weight + (clamped(row, outputs) + outputs) * WIDTH
-    for stage in tl.static_range(STAGES):
-        fetched(rows, tl.program_id(1) * SHARE + stage * COLUMNS, WIDTH, COLUMNS, EARLY)
-        if ACTIVATION != "":
-            fetched(gated_rows, tl.program_id(1) * SHARE + stage * COLUMNS, WIDTH, COLUMNS, EARLY)
-    begin(EARLY)
-    weights = rows[:, None] + columns[None, :]
-    gated_weights = gated_rows[:, None] + columns[None, :]
+    weights = weight + clamped(row, outputs)[:, None] * WIDTH + columns[None, :]
+    gated_weights = weight + (clamped(row, outputs) + outputs)[:, None] * WIDTH + columns[None, :]
     inputs = x + token[:, None] * WIDTH + columns[None, :]
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     gate_sums = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -126,10 +109,8 @@ def matrix_kernel(
 def join_kernel(
     result, all_sums, all_squares, bias, residual, eps, outputs,
     WIDTH: tl.constexpr, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """Adds the splits' sums, always in the same order, and does to them what a single program would."""
-    begin(EARLY)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < outputs
     sums = tl.zeros([BLOCK], tl.float32)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from backend.compute.dense import packed
 from backend.compute.dense.base import Norm, known
-from backend.compute.dense.early import early
 from backend.compute.dense.gate import gated
 from backend.compute.dense.norm import normed
 from backend.compute.dense.shape import Shape, shape
@@ -88,7 +87,7 @@ def by_shape(
         vector_kernel[(programs,)](
             result, x, weight, bias, residual, gain, eps, outputs,
             WIDTH=width, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=chosen.stages, ACTIVATION=kind,
-            num_warps=chosen.warps, **early(x),
+            num_warps=chosen.warps,
         )  # fmt: skip
         return result
     sums = squares = None
@@ -99,11 +98,11 @@ def by_shape(
         result, sums, squares, x, weight, bias, residual, gain, eps, outputs, tokens,
         WIDTH=width, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=chosen.stages, SPLITS=chosen.splits,
         ACTIVATION=kind, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", TOKENS=16 if tokens <= 16 else MOST,
-        num_warps=chosen.warps, **early(x),
+        num_warps=chosen.warps,
     )  # fmt: skip
     if chosen.splits > 1:
         join_kernel[(triton.cdiv(outputs, 512), tokens)](
             result, sums, squares, bias, residual, eps, outputs,
-            WIDTH=width, SPLITS=chosen.splits, ACTIVATION=kind, BLOCK=512, **early(x),
+            WIDTH=width, SPLITS=chosen.splits, ACTIVATION=kind, BLOCK=512,
         )  # fmt: skip
     return result
