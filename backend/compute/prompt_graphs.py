@@ -27,7 +27,7 @@ from backend.compute.capture import capturing, side
 from backend.generation.plan import Plan
 
 Attention = Callable[[Step, Tensor], object]
-"""One layer's attention of a step's own tokens, by its own kernel; the result goes into a place [tokens, heads, dim]."""
+"""One layer's attention of a step's own tokens, by its own kernel, into a place [tokens, heads, dim]."""
 Between = Callable[[Attention, Tensor], None]
 """Is told what belongs between two pieces, and where its result is expected."""
 Forward = Callable[[Tensor, Tensor, Tensor, Step, Tensor], Tensor]

@@ -243,7 +243,8 @@ def test_the_rules_shapes_can_be_launched(kind: str, tokens: int, outputs: int, 
     per, bits = (2, 4) if kind == "int4" else (1, 8)
     for group in (32, 128, width):
         shape, size = packed_shape.matrix(tokens, outputs, width, group, per)
-        assert shape.splits == 1 or shape.splits * 3 * shape.columns < width
+        share = -(-width // (shape.columns * shape.splits)) * shape.columns
+        assert (shape.splits - 1) * share < width and (shape.splits == 1 or share >= 2 * shape.columns)
         assert shape.columns >= 16 * 16 // bits  # tensor cores multiply 16 places at a time
         assert group == width or shape.columns % group == 0 or group % shape.columns == 0
         assert shape.stages * (shape.rows + 2 * size * per) * shape.columns // per < 200 << 10
