@@ -248,10 +248,6 @@ class Decoder:
         return logits
 
     def _capture_prompts(self) -> None:
-        if any(weight.scheme.kind == "fp8" for weight in packed_weights(self._model).values()):
-            # The one start with graphs of torch's scaled product ended in an illegal access; its cause is not known.
-            self._progress("warm-up: prompts without graphs, as weights are fp8")
-            return
         config, places = self._config, prompt_graphs.Places()
         step = Step.from_plan(prefill(1, 1, config.block_size, 1), self._device, self._cache)
 

@@ -166,6 +166,22 @@ def test_shape_covers_every_number_of_rows() -> None:
         assert shape(rows).span % shape(rows).block == 0
 
 
+@pytest.mark.parametrize("cut", [None, ALONE], ids=["own", "alone"])
+@pytest.mark.parametrize("bits", [0xFFC00000, 0xFFFFFFFF, 0x7FFFFFFF, 0x7F800001])
+def test_rows_of_rubbish_read_nothing_beside_them(bits: int, cut: Shape | None) -> None:
+    """As memory is that nothing has written yet, which graphs draw from while they are captured.
+
+    As an integer, a number that is none and has a sign is below all numbers: it was looked for in vain, and then what
+    was found was read 2 ** 31 places on, an illegal access.
+    """
+    values = logits(ROWS, 700, 9)
+    values[::2] = torch.tensor(np.array([bits], np.uint32).view(np.float32))
+    values[1, 0] = values[0, 0]
+    ids, _ = found(values, sampling(ROWS, 9), cut)
+    assert ids[::2] == [BROKEN] * len(ids[::2]) and ids[1] == BROKEN
+    assert all(0 <= token < 700 for token in ids[3::2])
+
+
 @pytest.mark.skipif(INTERPRETED, reason="large")
 @pytest.mark.parametrize("rows", [1, 40])
 def test_real_vocabulary(rows: int) -> None:

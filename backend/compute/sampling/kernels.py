@@ -21,6 +21,8 @@ PIVOTS = tl.constexpr(4)
 FIELDS = tl.constexpr(8)
 MISSING = tl.constexpr(-1)
 """sampler.BROKEN."""
+GREATEST = tl.constexpr(0x7F800000)
+"""The key of infinity."""
 
 
 @triton.jit
@@ -193,8 +195,9 @@ def _known(
 
 @triton.jit
 def _key_at(logits, token):
-    """The key of a token's logit; of a missing one whatever."""
-    return key(tl.load(logits + tl.maximum(token, 0)).to(tl.float32))
+    """The key of a token's logit; of a missing one the greatest, so that no other is looked for in its place."""
+    found = key(tl.load(logits + tl.maximum(token, 0)).to(tl.float32))
+    return tl.where(token < 0, GREATEST, found)
 
 
 @triton.jit
