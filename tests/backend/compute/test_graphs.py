@@ -132,3 +132,23 @@ def test_rows_that_are_not_numbers_are_broken(folder: Path) -> None:
         decoder._graphs = {2: decoder._capture(2)}
     decoder._model.lm_head.weight[7] = torch.nan
     assert decoder.step(decode(2)).token_ids.tolist() == [-1, -1]
+
+
+def test_prompts_that_cannot_be_captured_are_computed_without(folder: Path) -> None:
+    lines: list[str] = []
+    rank, config = local(lines), settings(folder)
+    rank.open(config, 20)
+    decoder: Any = rank.decoder
+    made: list[int] = []
+
+    def refused(forward: Any, inputs: prompt_graphs.Inputs, *given: Any) -> object:
+        made.append(len(inputs.ids))
+        if len(made) == 2:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return object()
+
+    with patch.object(decoders, "PromptGraph", refused), patch.multiple(prompt_graphs, FINE=24, DENSE=8):
+        decoder._capture_prompts()
+    assert made == [64, 24] and not decoder._prompts
+    assert lines[-1] == "warm-up: prompts without graphs: operation not permitted when stream is capturing"
+    assert decoder.step(prefill(5, 5, 4, 4)).token_ids.shape == (1,)
