@@ -144,8 +144,13 @@ def test_serve_without_the_servers_packages(monkeypatch, capsys):
 def start(server, *arguments, **options):
     command = [sys.executable, "-m", "client.cli", "generate", "--host", "127.0.0.1", "--port", str(server.port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options = {"env": os.environ | {"PYTHONFAULTHANDLER": "1"}, **options}
+    options = {"env": os.environ | {"PYTHONFAULTHANDLER": "1"}, "preexec_fn": interruptible, **options}
     return subprocess.Popen([*command, *arguments], **pipes, **options)
+
+
+def interruptible():
+    """Also where these tests run in the background: a shell has such programs ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def endless(received):
