@@ -174,7 +174,7 @@ def is_many(prompt: Any) -> bool:
     """Whether a list of prompts was given, rather than one that happens to be a list (a chat, token ids)."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes):
         return isinstance(prompt, np.ndarray) and prompt.ndim == 2
-    return not prompt or not (isinstance(prompt[0], Mapping) or _is_id(prompt[0]))
+    return not prompt or not (isinstance(prompt[0], Mapping) or _is_id_type(type(prompt[0])))
 
 
 def _prompt(prompt: Any, what: str) -> dict[str, NDArray[Any]]:
@@ -188,10 +188,6 @@ def _prompt(prompt: Any, what: str) -> dict[str, NDArray[Any]]:
     raise InvalidInput(
         f'{what} must be text, a chat (a list of {{"role", "content"}}) or token ids, not {prompt!r:.80}'
     )
-
-
-def _is_id(item: Any) -> bool:
-    return _is_id_type(type(item))
 
 
 def _is_id_type(kind: type) -> bool:

@@ -149,7 +149,7 @@ class Decoder:
             with plain_modules(self._model, products=False):
                 ways["quantization"] = self._proof(reference, graphs=False)
         ways["fused_kernels"] = self._proof(None, graphs=False)
-        if self._graphs or self._prompts:
+        if self._graphs:
             ways["cuda_graphs"] = self._proof(None, graphs=True)
         rounded = {torch.float8_e4m3fn for weight in packed if weight.scheme.kind == "fp8"}  # activations of prompts
         dtypes = (self._dtype, self._kept, *rounded)

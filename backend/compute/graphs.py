@@ -21,6 +21,7 @@ from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache
 from backend.compute.capture import capturing
 from backend.compute.sampling.parameters import WORDS, lay_out
+from backend.compute.upload import refill
 from backend.generation.plan import Plan
 
 Made = TypeVar("Made")
@@ -67,9 +68,7 @@ class Inputs:
 
     def fill(self, plan: Plan) -> None:
         """Copy a decode plan of at most `size` sequences; nothing waits for it, here or on the device."""
-        host = torch.empty(self._packed.shape, dtype=torch.int32, pin_memory=self._packed.device.type == "cuda")
-        self._lay_out(host.numpy(), plan)
-        self._packed.copy_(host, non_blocking=True)
+        refill(self._packed, lambda packed: self._lay_out(packed, plan))
 
     def _lay_out(self, packed: NDArray[np.int32], plan: Plan | None) -> None:
         longs, lengths, words, tables = _views(packed, self._size, self._width)

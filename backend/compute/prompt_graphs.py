@@ -24,6 +24,7 @@ from backend.compute.attention.base import Rule
 from backend.compute.attention.step import Step
 from backend.compute.cache import KVCache
 from backend.compute.capture import capturing, side
+from backend.compute.upload import refill
 from backend.generation.plan import Plan
 
 Attention = Callable[[Step, Tensor], object]
@@ -58,9 +59,7 @@ class Inputs:
 
     def fill(self, plan: Plan) -> None:
         """Copy a plan of at most so many tokens and rows; nothing waits for it, here or on the device."""
-        host = torch.empty(self._packed.shape, dtype=torch.int64, pin_memory=self._packed.device.type == "cuda")
-        self._lay_out(host.numpy(), plan)
-        self._packed.copy_(host, non_blocking=True)
+        refill(self._packed, lambda packed: self._lay_out(packed, plan))
 
     def _lay_out(self, packed: NDArray[np.int64], plan: Plan) -> None:
         rows, ends, count = packed[: 4 * self._tokens].reshape(4, -1), packed[4 * self._tokens :], len(plan.input_ids)

@@ -21,6 +21,13 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
+def refill(place: Tensor, lay_out: Callable[[NDArray[Any]], None]) -> None:
+    """Lay the values of a tensor on the device out anew; nothing waits for them, here or there."""
+    host = torch.empty(place.shape, dtype=place.dtype, pin_memory=place.device.type == "cuda")
+    lay_out(host.numpy())
+    place.copy_(host, non_blocking=True)
+
+
 def download(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     """A CUDA device's tensors on their way into host memory; calling the result waits until they are there."""
     copies = [torch.empty_like(each, device="cpu", pin_memory=True).copy_(each, non_blocking=True) for each in tensors]
