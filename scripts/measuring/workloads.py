@@ -152,11 +152,13 @@ NAMED: dict[str, Callable[[str, Sizes], list[Workload]]] = {
 
 
 def named(names: list[str], sizes: Sizes) -> list[Workload]:
-    """W1 to W8, or one of their parts: W3:1000/1000."""
+    """W1 to W8, or one of their parts, W3:1000/1000; with a number of requests of its own, W3:1000/1000*256."""
     found = []
-    for name in names:
+    for each_name in names:
+        name, _, requests = each_name.partition("*")
         whole, _, part = name.partition(":")
-        found += [each for each in NAMED[whole](whole, sizes) if part in each.name]
+        own = replace(sizes, requests=int(requests)) if requests else sizes
+        found += [each for each in NAMED[whole](whole, own) if part in each.name]
     return found
 
 

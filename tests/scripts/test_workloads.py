@@ -42,6 +42,8 @@ def test_names(name):
 def test_a_part_of_a_workload():
     (only,) = named(["W3:1000/1000"], Sizes(requests=3))
     assert only.lengths == (Lengths(1000, 1000),) * 3 and only.output == 3000 and only.longest == 2000
+    pair = named(["W3:1000/1000*5", "W8"], Sizes(requests=3))
+    assert [len(each.lengths) for each in pair] == [5, 3]
 
 
 @pytest.mark.parametrize(
