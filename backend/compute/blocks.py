@@ -95,7 +95,7 @@ class Block:
     ) -> Tensor:
         """The (gated) projection of the normed sum of hidden and update; hidden becomes that sum."""
         assert norm is not None
-        few = len(hidden) <= self._ops.SMALL
+        few = len(hidden) <= self._ops.few(weight)
         if few and update is None:  # no kernel of its own for the norm
             return self._ops.linear(hidden, weight, bias, None, (norm.weight, norm.eps), activation)
         normed = self._normed(hidden, update, norm)
@@ -107,7 +107,7 @@ class Block:
     def _out(self, projection: Any, values: Tensor, hidden: Tensor, plain: bool) -> Update:
         """The projection of all ranks' values, to be added to hidden; None where that is already done."""
         weight, bias = projection.weight, projection.bias
-        if self._between is None and plain and len(values) <= self._ops.SMALL:
+        if self._between is None and plain and len(values) <= self._ops.few(weight):
             self._ops.linear(values, weight, bias, hidden, None, None)
             return None
         if self._between is None:
@@ -143,7 +143,7 @@ class Block:
 def projected(hidden: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
     """As torch's linear, by the kernel for few rows where they are few.  # [..., hidden] -> [..., rows]"""
     dense, rows = ops(hidden.device.type), hidden.reshape(-1, hidden.shape[-1])
-    if len(rows) > dense.SMALL:
+    if len(rows) > dense.few(weight):
         return dense.product(rows, weight, bias).view(*hidden.shape[:-1], -1)
     return dense.linear(rows, weight, bias, None, None, None).view(*hidden.shape[:-1], -1)
 

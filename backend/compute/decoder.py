@@ -24,6 +24,7 @@ from backend.compute.load import load
 from backend.compute.offload.offload import Offload
 from backend.compute.prompt_graphs import PromptGraph
 from backend.compute.proof import check, difference, plain_modules, shaken
+from backend.compute.quantized import trial
 from backend.compute.quantized.layer import packed_weights
 from backend.compute.room import Room, nothing, told
 from backend.compute.sampler import BROKEN, Sampler
@@ -59,6 +60,8 @@ class Decoder:
         self._progress(self._offload.told if self._offload else f"weights: {gib(footprint(self._model))} a rank")
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what merging projections let go of
+            if not self._offload:
+                trial.tried(trial.multiplied(self._model))
         self._specs = probe(self._model, self._device)
         self._ops = ops(self._device.type)
         self._fused = birth.config.fused_kernels and blocks.pays(self._device)

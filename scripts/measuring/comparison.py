@@ -32,6 +32,8 @@ MOST_TOGETHER = 256
 REFERENCES = ("transformers", "continuous")
 WARM = 128
 """Tokens of output, at the most, of a request that warms up."""
+ENOUGH = 128
+"""Requests that warm up, at the most, but for twice those that come together."""
 FEWER_BITS = ("quantization=", "kv_cache_dtype=")
 """Settings with which the floor, which is that of 16 bits, is none."""
 
@@ -183,7 +185,8 @@ class Comparison:
 
 def _warming(workload: Workload) -> Workload:
     """Enough of it to compile and to allocate most of what it will need."""
-    few = workload.of_size(max(1, len(workload.lengths) // 4, min(len(workload.lengths), 2 * workload.clients)))
+    count = len(workload.lengths)
+    few = workload.of_size(max(1, min(count // 4, ENOUGH), min(count, 2 * workload.clients)))
     return replace(few, lengths=tuple(replace(each, output=min(each.output, WARM)) for each in few.lengths))
 
 

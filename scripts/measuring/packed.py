@@ -67,11 +67,15 @@ def call_of(product: Product, tokens: int, device: torch.device) -> Call:
     x = torch.randn(tokens, product.width, dtype=torch.bfloat16, device=device)
     gain = torch.ones(product.width, dtype=torch.bfloat16, device=device)
     residual = torch.zeros(tokens, product.outputs, dtype=torch.bfloat16, device=device)
-    if tokens > kernels.SMALL:
-        return lambda weight: kernels.product(x, weight, None)
-    if product.adds:
-        return lambda weight: kernels.linear(x, weight, None, residual, None, None)
-    return lambda weight: kernels.linear(x, weight, None, None, (gain, 1e-5), product.activation)
+
+    def call(weight: Any) -> Tensor:
+        if tokens > kernels.few(weight):
+            return kernels.product(x, weight, None)
+        if product.adds:
+            return kernels.linear(x, weight, None, residual, None, None)
+        return kernels.linear(x, weight, None, None, (gain, 1e-5), product.activation)
+
+    return call
 
 
 def calls(kind: str, product: Product, tokens: int, device: torch.device) -> dict[str, Call]:

@@ -51,12 +51,13 @@ def _vectors() -> Iterator[Candidate]:
 
 def _matrices(tokens: int, bits: int) -> Iterator[Candidate]:
     """Rows and warps, columns and stages that let two programs or more be on a processor, times splits."""
-    size = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    size = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
     heights = ((64, 4), (128, 8)) if size < 128 else ((128, 8), (64, 4), (256, 8))
-    columns = {16: (128, 256, 512), 32: (128, 256), 64: (64, 128), 128: (64, 128)}[size]
+    heights = ((16, 1), (32, 1), (32, 2), (64, 2), *heights) if size <= 16 else heights
+    columns = {8: (128, 256, 512), 16: (128, 256, 512), 32: (128, 256), 64: (64, 128), 128: (64, 128)}[size]
     for (height, warps), width, stages in itertools.product(heights, columns, (2, 3, 4)):
         held = stages * width * (height * bits // 8 + 2 * size)  # bytes of shared memory
-        if 24 << 10 <= held <= (220 if height == 256 else 110) << 10:
+        if (12 if size == 8 else 24) << 10 <= held <= (220 if height == 256 else 110) << 10:
             for splits in (1, 2, 4, 8):
                 yield Shape(height, width, warps, stages, splits), size
 

@@ -114,7 +114,16 @@ def _closed(name: str, lengths: Callable[[int], tuple[Lengths, ...]], sizes: Siz
 
 
 def _fast_gen(name: str, sizes: Sizes) -> list[Workload]:
+    """With rates: the same requests at those, whoever sends them."""
     pairs = ((2600, 60), (1200, 128))
+    if sizes.rates:
+        return [
+            Workload(
+                f"{name} {prompt}/{output} {rate:g}/s", poisson(normal(prompt, output, sizes.requests or 512), rate)
+            )
+            for prompt, output in pairs
+            for rate in sizes.rates
+        ]
     return [
         each
         for prompt, output in pairs

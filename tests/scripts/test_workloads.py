@@ -42,6 +42,9 @@ def test_names(name):
 def test_a_part_of_a_workload():
     (only,) = named(["W3:1000/1000"], Sizes(requests=3))
     assert only.lengths == (Lengths(1000, 1000),) * 3 and only.output == 3000 and only.longest == 2000
+    paced = named(["W1:1200"], Sizes(requests=2000, rates=(8, 16)))
+    assert [each.name for each in paced] == ["W1 1200/128 8/s", "W1 1200/128 16/s"]
+    assert [round(2000 / each.lengths[-1].at) for each in paced] == [8, 16]
     pair = named(["W3:1000/1000*5", "W8"], Sizes(requests=3))
     assert [len(each.lengths) for each in pair] == [5, 3]
 

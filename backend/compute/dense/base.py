@@ -25,8 +25,8 @@ Norm = tuple[Tensor, float]
 class Ops(Protocol):
     """What reference.py and kernels.py offer as functions."""
 
-    SMALL: int
-    """The most tokens for which linear has kernels of its own; beyond, it is the library's product."""
+    def few(self, weight: Tensor | Packed) -> int:
+        """The most tokens for which linear has kernels of its own with it; beyond, it is the library's product."""
 
     def normed(self, hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """[T, H] and [T, H] -> RMS norm of their sum, times weight [H]; the sum, rounded, is left in hidden."""

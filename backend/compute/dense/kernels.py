@@ -7,6 +7,6 @@ from backend.compute.dense.best import best
 from backend.compute.dense.gate import gated
 from backend.compute.dense.norm import normed
 from backend.compute.dense.rope import roped
-from backend.compute.dense.small_linear import SMALL, linear, product
+from backend.compute.dense.small_linear import few, linear, product
 
-__all__ = ["SMALL", "best", "gated", "linear", "normed", "product", "roped"]
+__all__ = ["best", "few", "gated", "linear", "normed", "product", "roped"]

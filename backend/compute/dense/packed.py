@@ -83,7 +83,7 @@ def by_vector(
     packed_vector_kernel[(triton.cdiv(outputs, shape.rows),)](
         result, x, weight.codes.view(torch.int32), weight.scale, weight.offset, bias, residual, gain, eps, outputs,
         WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, WORDS=shape.columns, STAGES=shape.stages,
-        LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides,
+        LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides, ROUGH=not INTERPRETED,
         ACTIVATION="" if activation is None else known(activation), num_warps=shape.warps,
     )  # fmt: skip
     return result

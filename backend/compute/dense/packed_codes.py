@@ -65,7 +65,9 @@ def scaled(w, each, middle, PAIRED: tl.constexpr):
 
 @triton.jit
 def steps(at, DIVIDES: tl.constexpr, ROUGH: tl.constexpr = False):
-    """What a code is to be multiplied with. ROUGH: for what is rounded to bfloat16; a quarter of the instructions."""
+    """What a code is to be multiplied with. ROUGH: within a unit in float32's last place, by PTX; a quarter of the
+    instructions.
+    """
     found = tl.load(at).to(tl.float32)
     if DIVIDES:
         if ROUGH:

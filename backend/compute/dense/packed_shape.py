@@ -1,7 +1,7 @@
 """How a product with packed weights is computed and cut into programs, by its size alone.
 
-The rules give what `bench_steps --parts packed --sweep` found best of 17 to 49 shapes for int4 and the products of
-Llama 3's 8B at 1, 32 and 128 tokens on an H200, or come within 4 % of it. Codes of 8 bits have not been tried.
+The rules give what sweeps of 17 to 108 shapes found best for the products of Llama 3's 8B on an H200, or come within 5 %
+of it: int4 at 1, 8, 32 and 128 tokens, int8 at 8, 64 and 128 (`bench_steps --parts packed --sweep`).
 """
 
 from __future__ import annotations
@@ -39,20 +39,25 @@ def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
 def matrix(tokens: int, outputs: int, width: int, group: int, per: int, itemsize: int = 2) -> tuple[Shape, int]:
     """For 2 tokens and more, and the tokens of a program; splits where there are few programs.
 
-    A program's loads take no more than SHARED where two tiles do, so that several fit a processor: while one waits for
-    tensor cores or memory, others unpack. More tokens want more rows, since each program reads all of x.
+    Up to 8 tokens programs are small, and each warp multiplies for itself. A program's loads take no more than SHARED
+    where `least` tiles do, so that several fit a processor: while one waits for tensor cores or memory, others unpack.
+    Codes of 8 bits for more than 64 tokens leave no registers for a second program: there one has more loads under way.
+    More tokens want more rows, since each program reads all of x.
     """
-    size = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    size = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
+    alone = per == 1 and size == 128
     if itemsize == 4:  # for checks; no tensor cores
-        size, rows, most = min(size, 32), 64, 64
+        size, rows, most = min(max(size, 16), 32), 64, 64
     elif size <= 32:
-        rows, most = 64, 256 if per == 2 or size == 16 else 128
+        rows, most = 32 if size == 8 else 64, 256 if per == 2 else 128
     else:
         rows, most = 128, 128
     columns = most if group in GROUPS and group < width else _covering(width, most, least=64)
-    stages = min(4, max(2, SHARED // (columns * (rows // per + size * itemsize))))
+    least = 4 if alone else 3 if size == 8 or (per == 1 and size == 64) else 2
+    stages = min(3 if size == 8 else 4, max(least, SHARED // (columns * (rows // per + size * itemsize))))
     programs = -(-outputs // rows) * -(-tokens // size)
-    splits = _splits(programs, width // max(512, 2 * columns), least=PROCESSORS * (11 if size <= 32 else 5) // 4)
+    wanted = {8: 3.5, 16: 2.75, 32: 2.75, 64: 1.25, 128: 0.7 if alone else 1.25}[size]  # to a processor
+    splits = _splits(programs, width // max(512, 2 * columns), least=int(PROCESSORS * wanted))
     return Shape(rows, columns, warps=rows // 16, stages=stages, splits=splits), size
 
 

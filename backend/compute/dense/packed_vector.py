@@ -21,9 +21,12 @@ from backend.compute.dense.small_kernels import clamped, finish, kept, streamed
 def packed_vector_kernel(
     result, x, codes, scale, offset, bias, residual, gain, eps, outputs,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
-    LEVELS: tl.constexpr, DIVIDES: tl.constexpr, ACTIVATION: tl.constexpr,
+    LEVELS: tl.constexpr, DIVIDES: tl.constexpr, ROUGH: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """codes: int32, the bytes four at a time; WORDS of them of each row at once. No four words are in two groups."""
+    """codes: int32, the bytes four at a time; WORDS of them of each row at once. No four words are in two groups.
+
+    ROUGH: see packed_codes.steps.
+    """
     PER: tl.constexpr = 8 if LEVELS == 16 else 4
     EVEN: tl.constexpr = WIDTH % (WORDS * PER) == 0
     LATE: tl.constexpr = GROUP == WIDTH and offset is None
@@ -32,16 +35,31 @@ def packed_vector_kernel(
     gate_sums = tl.zeros([ROWS, WORDS // 4], tl.float32)
     squares = tl.zeros([WORDS // 4], tl.float32)
     if LATE:
-        whole = steps(scale + clamped(row, outputs), DIVIDES)
+        whole = steps(scale + clamped(row, outputs), DIVIDES, ROUGH)
         if ACTIVATION != "":
-            more_whole = steps(scale + clamped(row, outputs) + outputs, DIVIDES)
+            more_whole = steps(scale + clamped(row, outputs) + outputs, DIVIDES, ROUGH)
     for start in tl.range(0, WIDTH // PER, WORDS, num_stages=STAGES):
         q = _words(codes, outputs, 0, start, WIDTH // PER, ROWS, WORDS, EVEN, LEVELS)
-        each, low = _scales(scale, offset, outputs, 0, start * PER, WIDTH, GROUP, ROWS, WORDS // 4, PER, DIVIDES, LATE)
+        each, low = _scales(
+            scale, offset, outputs, 0, start * PER, WIDTH, GROUP, ROWS, WORDS // 4, PER, EVEN, DIVIDES, ROUGH, LATE
+        )
         if ACTIVATION != "":
             more_q = _words(codes, outputs, outputs, start, WIDTH // PER, ROWS, WORDS, EVEN, LEVELS)
             more_each, more_low = _scales(
-                scale, offset, outputs, outputs, start * PER, WIDTH, GROUP, ROWS, WORDS // 4, PER, DIVIDES, LATE
+                scale,
+                offset,
+                outputs,
+                outputs,
+                start * PER,
+                WIDTH,
+                GROUP,
+                ROWS,
+                WORDS // 4,
+                PER,
+                EVEN,
+                DIVIDES,
+                ROUGH,
+                LATE,
             )
         if STAGES == 1:
             tl.debug_barrier()  # which no load passes: compilers would have the weights' wait for the inputs'
@@ -86,7 +104,7 @@ def _words(
 def _scales(
     scale, offset, outputs, below, start,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, FOURS: tl.constexpr, PER: tl.constexpr,
-    DIVIDES: tl.constexpr, LATE: tl.constexpr,
+    EVEN: tl.constexpr, DIVIDES: tl.constexpr, ROUGH: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """[rows, fours], of each four words; 1 if the scale is for later, and something unused if there is no offset.
 
@@ -94,11 +112,13 @@ def _scales(
     """
     place = tl.arange(0, ROWS * FOURS)
     row = clamped(tl.program_id(0) * ROWS + place // FOURS, outputs) + below
-    group = tl.minimum((start + place % FOURS * (4 * PER)) // GROUP, WIDTH // GROUP - 1)
+    group = (start + place % FOURS * (4 * PER)) // GROUP
+    if not EVEN:
+        group = tl.minimum(group, WIDTH // GROUP - 1)
     there = tl.max_contiguous(row * (WIDTH // GROUP) + group, 1)
     each = 1.0
     if not LATE:
-        each = tl.reshape(steps(scale + there, DIVIDES), [ROWS, FOURS])
+        each = tl.reshape(steps(scale + there, DIVIDES, ROUGH), [ROWS, FOURS])
     low = each
     if offset is not None:
         low = tl.reshape(tl.load(offset + there).to(tl.float32), [ROWS, FOURS])

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from backend.compute.dense import packed
+from backend.compute.dense import packed, packed_shape
 from backend.compute.dense.base import Norm, known
 from backend.compute.dense.gate import gated
 from backend.compute.dense.norm import normed
@@ -21,6 +21,11 @@ from backend.compute.quantized.packed import Packed
 SMALL = 16
 MOST = 32
 """Tokens that by_shape takes. Beyond SMALL nothing has been measured yet that would be better than the library."""
+
+
+def few(weight: Tensor | Packed) -> int:
+    """See base.Ops."""
+    return packed_shape.TILED if isinstance(weight, Packed) else SMALL
 
 
 def linear(

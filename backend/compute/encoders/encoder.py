@@ -22,6 +22,7 @@ from backend.compute.encoders.load import load_encoder
 from backend.compute.encoders.packing import Packing
 from backend.compute.offload.offload import Offload
 from backend.compute.proof import PARTS, allow, distance, plain_modules
+from backend.compute.quantized import trial
 from backend.compute.quantized.scheme import scheme_of
 from backend.compute.room import Room
 from backend.compute.tensor_parallel import join
@@ -57,6 +58,8 @@ class Encoder:
         self._model = load_encoder(self._checkpoint, self._task.auto, birth.world, self._device, dtype, scheme, offload)
         if offload:
             progress(offload.told)
+        elif self._device.type == "cuda":
+            trial.tried(trial.multiplied(self._model))
         self._model.config.use_cache = False  # decoders that embed would keep keys and values
         self._types, self._padding = self._kinds(), int(getattr(self._model.config, "pad_token_id", None) or 0)
         self._packing: Packing | None = None
