@@ -47,12 +47,15 @@ class Delivery:
         self._asking = False  # Triton must not be asked about a request that is over: so only with the turn
         self._ended = False  # a sequence has, or all have, since the last look
         self._due = 0.0 if request.options.stream else inf  # before that, only an end is worth a look
+        self._news = 0.0  # when the last news came that was worth one
 
     def notify(self, ended: bool) -> None:
         """Engine's thread: there is news."""
         if ended:
             self._ended = True
-        if ended or time.monotonic() >= self._due:
+        now = time.monotonic()
+        if ended or now >= self._due:
+            self._news = now
             self._queue()
 
     def look(self) -> None:
@@ -61,7 +64,9 @@ class Delivery:
         self._queue()
 
     def send(self, interval: float) -> bool:
-        """A sender's thread: all the news in one response, the next at least `interval` seconds later.
+        """A sender's thread: all the news in one response. The next is for news that come at least `interval` seconds
+        after these came: had it to wait so long after these were sent, a sender that is late once would make the
+        caller miss a step's token. But half of it is the sender's rest.
 
         Returns whether the request is over.
         """
@@ -94,7 +99,7 @@ class Delivery:
             self._asked.answer(outputs) if outputs else self._asked.end()
         elif outputs:
             self._asked.send(outputs)
-            self._due = time.monotonic() + interval
+            self._due = max(self._news + interval, time.monotonic() + interval / 2)
         return over
 
     def _taken(self) -> list[Delta]:

@@ -243,6 +243,29 @@ def test_the_first_news_go_at_once_and_later_ones_together_after_the_interval(mo
     assert pace.sent() == [["b", "c", "d"]]
 
 
+def test_a_sender_that_is_late_makes_the_caller_miss_no_later_step(monkeypatch):
+    pace = Pace(monkeypatch)
+    pace.news("a")
+    pace.now += 0.2  # "a" waits in the outbox
+    assert pace.sent() == [["a"]]
+    pace.now += 0.4  # 0.6 after "a" came, 0.4 after it went
+    pace.news("b")
+    assert pace.sent() == [["b"]]
+    pace.now += 0.45
+    pace.news("c")
+    assert pace.sent() == []
+    pace.now += 0.05
+    pace.news("d")
+    pace.now += 0.4  # so late that half an interval's rest is longer
+    assert pace.sent() == [["c", "d"]]
+    pace.now += 0.2
+    pace.news("e")
+    assert pace.sent() == []
+    pace.now += 0.05
+    pace.news("f")
+    assert pace.sent() == [["e", "f"]]
+
+
 def test_an_end_waits_for_no_interval_even_if_it_comes_while_sending(monkeypatch):
     pace = Pace(monkeypatch)
     pace.news("a")
