@@ -1,7 +1,7 @@
 """How a product with packed weights is computed and cut into programs, by its size alone.
 
-The rules give what sweeps of 17 to 108 shapes found best for the products of Llama 3's 8B on an H200, or come within 5 %
-of it: int4 at 1, 8, 32 and 128 tokens, int8 at 8, 64 and 128 (`bench_steps --parts packed --sweep`).
+The rules give what sweeps of 17 to 108 shapes found best for the products of Llama 3's 8B on an H200, or come within
+5 % of it: int4 at 1, 8, 32 and 128 tokens, int8 at 8, 64 and 128 (`bench_steps --parts packed --sweep`).
 """
 
 from __future__ import annotations

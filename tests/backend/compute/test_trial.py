@@ -46,7 +46,7 @@ def test_a_product_that_is_off_is_named(tokens: int, row: int, monkeypatch: pyte
         return found
 
     monkeypatch.setattr(trial, "product", wrong)
-    with pytest.raises(LoadError, match=rf"a product of {tokens} tokens with int8 weights \[200, 64\] differs .* by 0.0"):
+    with pytest.raises(LoadError, match=rf"of {tokens} tokens with int8 weights \[200, 64\] differs .* by 0.0"):
         trial.tried([weight()])
 
 
