@@ -136,7 +136,10 @@ class Comparison:
                 self._memory = server.memory()
 
     def _witnessed(self, server: Server) -> None:
+        """Of what comes one after the other: the witness has no such arrivals."""
         for workload in self._workloads:
+            if any(each.at for each in workload.lengths):
+                continue
             result = measured(server.port, workload)
             self._record(workload, "perf_analyzer", result)
             shown = ", ".join(f"{name} {value:,.1f}" for name, value in result.items())

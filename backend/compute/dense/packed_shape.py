@@ -1,12 +1,13 @@
 """How a product with packed weights is computed and cut into programs, by its size alone.
 
-The rules give what sweeps of 17 to 108 shapes found best for the products of Llama 3's 8B on an H200, or come within
-5 % of it: int4 at 1, 8, 32 and 128 tokens, int8 at 8, 64 and 128 (`bench_steps --parts packed --sweep`).
+The rules give what sweeps of 9 to 62 shapes found best for the products of Llama 3's 8B in int4 and int8 on an H200, or
+come within 5 % of it, mostly; one of 128 tokens misses by up to 10 % (`bench_steps --parts packed --sweep`).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 from backend.compute.dense.shape import PROCESSORS, Shape, evenness
 
@@ -29,40 +30,55 @@ def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
 
     Loads ahead of what is multiplied, by way of shared memory, took twice as long.
     """
-    columns, rows = _covering(width // (4 * per), 256, least=32), 4
+    columns, rows = _covering(width // (4 * per), 256 * (3 - per), least=32), 4
     while rows > 1 and outputs < rows * 2 * PROCESSORS:
         rows //= 2
     return Shape(rows, columns, warps=max(1, columns // 128), stages=1)
 
 
+class Tile(NamedTuple):
+    """Programs for several tokens."""
+
+    rows: int
+    columns: int
+    """At the most."""
+    stages: int
+    wanted: float
+    """Programs to a processor, which splits make up for where there are fewer."""
+
+
+TILES = {
+    (2, 8): Tile(32, 256, 3, 3.5),
+    (2, 16): Tile(64, 256, 3, 1.9),
+    (2, 32): Tile(64, 256, 2, 2.75),
+    (2, 64): Tile(128, 128, 2, 1.25),
+    (2, 128): Tile(128, 128, 2, 1.25),
+    (1, 8): Tile(32, 128, 3, 3.5),
+    (1, 16): Tile(64, 128, 3, 1.9),
+    (1, 32): Tile(64, 128, 3, 1.9),
+    (1, 64): Tile(64, 128, 4, 1.9),
+    (1, 128): Tile(128, 128, 4, 0.7),
+}
+"""Of so many codes a byte and tokens a program. Up to 8 tokens each warp multiplies for itself. More tokens want more
+rows, since each program reads all of x. Where the last has registers for one program to a processor, it has the more
+loads under way.
+"""
+EXACT = Tile(64, 64, 2, 2.75)
+"""In float32, which is for checks: no tensor cores, and few tokens, of which one thread holds much."""
+
+
 @lru_cache(maxsize=1024)
 def matrix(tokens: int, outputs: int, width: int, group: int, per: int, itemsize: int = 2) -> tuple[Shape, int]:
-    """For 2 tokens and more, and the tokens of a program; splits where there are few programs.
-
-    Up to 8 tokens programs are small, and each warp multiplies for itself. A program's loads take no more than SHARED
-    where `least` tiles do, so that several fit a processor: while one waits for tensor cores or memory, others unpack.
-    Codes of 8 bits for more than 64 tokens leave no registers for a second program: there one has more loads under way.
-    More tokens want more rows, since each program reads all of x.
-    """
+    """For 2 tokens and more, and the tokens of a program; splits where there are few programs."""
     size = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
-    alone = per == 1 and size == 128
-    if itemsize == 4:  # for checks; no tensor cores
-        size, rows, most = min(max(size, 16), 32), 64, 64
-    elif size <= 32:
-        rows, most = 32 if size == 8 else 64, 256 if per == 2 else 128
-    else:
-        rows, most = 128, 128
+    rows, most, stages, wanted = TILES[per, size]
+    if itemsize == 4:
+        size = min(max(size, 16), 32)
+        rows, most, stages, wanted = EXACT
     columns = most if group in GROUPS and group < width else _covering(width, most, least=64)
-    least = 4 if alone else 3 if size == 8 or (per == 1 and size == 64) else 2
-    stages = min(3 if size == 8 else 4, max(least, SHARED // (columns * (rows // per + size * itemsize))))
     programs = -(-outputs // rows) * -(-tokens // size)
-    wanted = {8: 3.5, 16: 2.75, 32: 2.75, 64: 1.25, 128: 0.7 if alone else 1.25}[size]  # to a processor
     splits = _splits(programs, width // max(512, 2 * columns), least=int(PROCESSORS * wanted))
     return Shape(rows, columns, warps=rows // 16, stages=stages, splits=splits), size
-
-
-SHARED = 48 << 10
-"""Bytes of shared memory."""
 
 
 def _splits(programs: int, most: int, least: int) -> int:
