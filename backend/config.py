@@ -107,7 +107,7 @@ class EngineConfig:
     """Seconds after which an idle rank that gives no sign of life counts as hung; 0: none is asked for."""
     load_timeout: float = 1800.0
     max_restarts: int = 5
-    """Failed starts in a row before the model stays down."""
+    """Starts in a row that fail, or that serve for less than restarts.SETTLED, before the model stays down."""
     journal: bool = True
     """Whether each request is a line of the log once it is over: its id, tokens and times, never what was asked."""
     restart_backoff: float = 0.5

@@ -42,6 +42,8 @@ def _both(name: str, number: str, meaning: str, reasons: tuple[str, ...] = ("",)
 
 TASK = (
     Metric("tritonspeed_ranks_up", GAUGE, "ranks_up", "ranks that serve; 0 while they load or restart, or have failed"),
+    Metric("tritonspeed_state", GAUGE, "state", "1 serves, 2 loads or restarts, 3 has failed for good, 0 unloaded"),
+    Metric("tritonspeed_last_step_seconds", GAUGE, "last_step", "Unix time of the last finished step; 0: none yet"),
     Metric("tritonspeed_restarts_total", COUNTER, "restarts", "times that the ranks were started again"),
     Metric("tritonspeed_load_seconds", GAUGE, "load_seconds", "how long the last start of the ranks took"),
     Metric("tritonspeed_batch_tokens", GAUGE, "batch_tokens", "mean tokens (pictures) of the last second's steps"),

@@ -11,12 +11,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 from backend.errors import Cancelled, DeadlineExceeded
 from backend.metrics import COUNTER, HISTOGRAM, REASONS, Metric
 
 ANSWERED = ("stop", "length")
+ENDED, READY, STARTING, FAILED = range(4)
+"""States of a model: unloaded; serving; loading, at first or again; failed for good."""
 KEPT = 1000
 """Values of a histogram that wait for the reader; each costs it 20 µs, so of more in a second it gets the last ones."""
 
@@ -41,6 +44,13 @@ class Tally:
     """Written by the thread that serves (`refused` by Admission, under its lock), `changes` is called by one other."""
 
     metrics: tuple[Metric, ...]
+    patience: float = inf
+    """Seconds that a turn of the thread that serves may take: past them there is no heartbeat, though others live."""
+    state: int = STARTING
+    turned: float = 0.0
+    """When that thread last went on (time.monotonic)."""
+    last_step: float = 0.0
+    """Unix time at which the last step was done."""
     ranks_up: int = 0
     restarts: int = 0
     load_seconds: float = 0.0
@@ -67,17 +77,28 @@ class Tally:
     latency: Values = field(default_factory=_values)
     _seen: dict[tuple[str, str], int] = field(default_factory=dict)
     _looked: tuple[int, int, int] = (0, 0, 0)
+    _beat: float = 0.0
     _ending: threading.Lock = field(default_factory=threading.Lock)
     """A task's requests are ended by its thread, its watch and its callers."""
 
     def up(self, ranks: int, seconds: float) -> None:
         """So many ranks serve from now on; loading them took `seconds`."""
         self.ranks_up, self.load_seconds = ranks, seconds
+        self.state, self.turned = READY, time.monotonic()
 
-    def down(self) -> None:
-        """Nothing is served any more."""
+    def down(self, state: int) -> None:
+        """Nothing is served any more, or for now."""
+        self.state = state
         self.ranks_up = self.running = self.waiting = 0
         self.kv_usage = 0.0
+
+    def turn(self) -> None:
+        """The thread that serves goes on."""
+        self.turned = time.monotonic()
+
+    def done(self) -> None:
+        """A step is."""
+        self.last_step = time.time()
 
     def step(self, tokens: int, computed: int) -> None:
         """A step was sent: its tokens, without padding and with it."""
@@ -98,7 +119,7 @@ class Tally:
         `last`: nobody will call again.
         """
         means = self._means()
-        means["heartbeat"] = 0.0 if last else time.time()
+        means["heartbeat"] = 0.0 if last else self._heartbeat()
         for metric in self.metrics:
             if metric.kind == HISTOGRAM:
                 yield from self._observed(metric)
@@ -106,6 +127,12 @@ class Tally:
                 yield from self._gained(metric)
             else:  # also what stays: the model's predecessor may write there too
                 yield Change(metric, "", means[metric.number] if metric.number in means else vars(self)[metric.number])
+
+    def _heartbeat(self) -> float:
+        """Unix time; it stands still while the thread that serves does."""
+        if self.state != READY or time.monotonic() - self.turned <= self.patience:
+            self._beat = time.time()
+        return self._beat
 
     def _gained(self, metric: Metric) -> Iterator[Change]:
         for reason in metric.reasons:

@@ -28,6 +28,7 @@ class Account:
     def turn(self, scheduler: Scheduler) -> None:
         """After a turn of the engine."""
         tally, pool = self.tally, scheduler.pool
+        tally.turn()
         preemptions, queries, hits = self._before
         tally.running, tally.waiting, tally.kv_usage = scheduler.num_running, scheduler.num_waiting, pool.usage
         tally.preemptions = preemptions + scheduler.preemptions

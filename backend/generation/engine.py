@@ -35,7 +35,7 @@ from backend.generation.stream import Delta, News, Stream
 from backend.generation.text import Text
 from backend.generation.tokenizer import Tokenizer
 from backend.ranks.group import RankGroup, Report
-from backend.ranks.lifecycle import IDLE_CHECK, Hooks, Lifecycle, unloaded
+from backend.ranks.lifecycle import IDLE_CHECK, STUCK, Hooks, Lifecycle, unloaded
 from backend.tally import reason_of
 
 DECODER = "backend.compute.decoder:Decoder"
@@ -60,6 +60,7 @@ class Engine:
         self.config = replace(self.config, model=str(self.folder))
         self._account = Account()
         self.tally = self._account.tally
+        self.tally.patience = self.config.step_timeout + STUCK
         self._report = report
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._open: dict[int, Completion] = {}
@@ -160,6 +161,7 @@ class Engine:
                 self._account.sent(chunks, len(plan.input_ids), self._open)
             if len(self._sent) > (depth if chunks else 0):
                 sampled = self._receive()
+                self.tally.done()
                 self._budget.received()
                 self._commit(self._sent.popleft(), sampled)
             self._account.turn(self._scheduler)

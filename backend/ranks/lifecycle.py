@@ -5,22 +5,28 @@ It knows neither requests nor what the ranks compute: its owner's hooks do.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from backend.blame import tell
 from backend.config import EngineConfig
 from backend.errors import EngineDown, ServingError, serving
 from backend.ranks.group import RankGroup, Report
 from backend.ranks.restarts import Restarts
-from backend.tally import Tally
+from backend.tally import ENDED, FAILED, STARTING, Tally
+
+log = logging.getLogger("tritonspeed")
 
 IDLE_CHECK = 0.5
 """Seconds between looks at the ranks' health, or at what came, while there is nothing to do."""
 CLOSING = 5.0
 """Seconds for a step under way to come to its end before the ranks are killed."""
+STUCK = 15.0
+"""Seconds beyond step_timeout after which a thread that serves and does not go on has no heartbeat any more."""
 UNLOADED = "is being unloaded"
 
 
@@ -97,10 +103,10 @@ class Lifecycle:
                 try:
                     self._hooks.serve()
                 except Exception as error:
-                    self._recover(error)
+                    self._mend(error)
         finally:
             self.closing.set()
-            self._tally.down()
+            self._tally.down(ENDED)
             self._hooks.fail_all(unloaded())
             self._group.close()
 
@@ -119,22 +125,36 @@ class Lifecycle:
         self._restarts.served()
         self._report(f"ready in {seconds:.1f} s{ready}")
 
-    def _recover(self, error: Exception) -> None:
-        """After the ranks failed: end what they had, start them again, slower each time; give up after max_restarts."""
-        if self.closing.is_set():
-            return
+    def _mend(self, error: Exception) -> None:
+        """After the ranks failed: start them again, or tell whoever comes why the model does not serve any more."""
         reason = str(serving(error))
+        try:
+            mended = self.closing.is_set() or self._recover(reason) or self.closing.is_set()
+        except Exception as second:  # a hook's own fault must not leave a model that neither serves nor says so
+            tell(log, "the ranks could not be started again", second)
+            mended = False
+        if not mended:
+            self._lose(reason)
+
+    def _recover(self, reason: str) -> bool:
+        """End what the ranks had and start them again, slower each time; False where that was given up."""
         self._report(f"down: {reason}")
         self._why = f"is restarting ({reason})"
-        self._tally.down()
+        self._tally.down(STARTING)
         self._group.close()
         self._hooks.fail_begun(EngineDown(f"{reason}; the model is restarting, try again later"))
-        if self._restarts.again(self._load, self._hooks.meanwhile) or self.closing.is_set():
-            return
+        return self._restarts.again(self._load, self._hooks.meanwhile)
+
+    def _lose(self, reason: str) -> None:
+        """Until the end: every request gets the reason."""
         self._why = f"has failed for good ({reason})"
+        self._tally.down(FAILED)
         self._report(self._why)
         while not self.closing.is_set():
-            self._hooks.fail_all(EngineDown(f"the model {self._why}"))
+            try:
+                self._hooks.fail_all(EngineDown(f"the model {self._why}"))
+            except Exception as error:
+                tell(log, "requests could not be failed", error)
             self.closing.wait(IDLE_CHECK)
 
 

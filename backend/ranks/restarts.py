@@ -33,10 +33,11 @@ class Restarts:
     def again(self, load: Callable[[], None], meanwhile: Callable[[], None] | None = None) -> bool:
         """Pause and load until that works, slower each time; False after max_restarts, or once `closing` is set.
 
-        `meanwhile` is called now and then during the pauses.
+        What loads and fails again soon counts with what does not load: it would do so for ever. `meanwhile` is called
+        now and then during the pauses.
         """
         self.failures = 0 if time.monotonic() - self._since > SETTLED else self.failures
-        for attempt in range(self._config.max_restarts):
+        while self.failures < self._config.max_restarts:
             self.failures += 1
             if self._closed_within(self._pause(), meanwhile):
                 return False
@@ -44,7 +45,7 @@ class Restarts:
                 load()
                 return True
             except Exception as failure:
-                self._report(f"restart {attempt + 1} failed: {serving(failure)}")
+                self._report(f"restart {self.failures} failed: {serving(failure)}")
         return False
 
     def _closed_within(self, seconds: float, meanwhile: Callable[[], None] | None) -> bool:

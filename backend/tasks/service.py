@@ -22,7 +22,7 @@ from backend.journal import Journal
 from backend.metrics import TASK
 from backend.model_folder import resolve, root
 from backend.ranks.group import RankGroup, Report
-from backend.ranks.lifecycle import IDLE_CHECK, Hooks, Lifecycle, unloaded
+from backend.ranks.lifecycle import IDLE_CHECK, STUCK, Hooks, Lifecycle, unloaded
 from backend.tally import Tally
 from backend.tasks import find
 from backend.tasks.pool import Batch, Pool
@@ -40,15 +40,16 @@ TOKENISING = 8
 class Service:
     """Serves one task. `start`, then `serve` from any thread, then `close`."""
 
-    def __init__(self, name: str, config: EngineConfig, report: Report = print) -> None:
+    def __init__(self, name: str, config: EngineConfig, report: Report = print, model: str = "") -> None:
+        """`name` is the task's, `model` the model's, for traces."""
         _tokenise_in_parallel()
         folder = resolve(config.model, root())
         machine = resolved(config)
         tokens = config.step_tokens or MICRO_BATCH_TOKENS[machine.device]
         self.config = replace(machine, model=str(folder), step_tokens=tokens)
         self.task: Task = find(name)(folder, self.config)
-        self.tally = Tally(TASK)
-        self._journal = Journal(report, config.journal)
+        self.tally = Tally(TASK, self.config.step_timeout + STUCK)
+        self._journal = Journal(report, config.journal, model)
         self._ready = Ready()
         self._group = RankGroup(self.config, self.task.worker, report, name)
         self._pool = Pool(self.task.cut)
@@ -144,6 +145,7 @@ class Service:
 
     def _step(self) -> None:
         """Keep the ranks busy, take their oldest answer, and finish what it completes while they compute the next."""
+        self.tally.turn()
         self._feed()
         if not self._sent or not self._answering():
             return
@@ -151,6 +153,7 @@ class Service:
         received = self._group.receive(self.config.step_timeout, since=self._begun)
         batch = self._sent.popleft()
         self._begun = time.monotonic()
+        self.tally.done()
         try:
             answers = self._joined(received, batch)
         except Exception as error:  # the task's own fault: the ranks have answered

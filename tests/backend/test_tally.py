@@ -14,7 +14,7 @@ import pytest
 from backend import tally
 from backend.errors import Cancelled, DeadlineExceeded, EngineDown
 from backend.metrics import COUNTER, GAUGE, GENERATE, HISTOGRAM, REASONS, TASK
-from backend.tally import KEPT, Tally, reason_of
+from backend.tally import FAILED, KEPT, READY, STARTING, Tally, reason_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,8 +105,10 @@ def test_up_and_down():
         1.5,
         0.5,
     )
-    found.down()
+    assert seen["tritonspeed_state"] == READY == 1
+    found.down(FAILED)
     seen = shown(found)
+    assert seen["tritonspeed_state"] == FAILED == 3
     assert [seen[f"vllm:num_requests_{name}"] for name in ("running", "waiting")] == [0, 0]
     assert (seen["tritonspeed_ranks_up"], seen["vllm:kv_cache_usage_perc"]) == (0, 0)
 
@@ -115,6 +117,39 @@ def test_the_heartbeat_is_now_until_the_model_is_gone(monkeypatch):
     monkeypatch.setattr(tally.time, "time", lambda: 1234.5)
     assert shown(Tally(TASK))["tritonspeed_heartbeat_seconds"] == 1234.5
     assert shown(Tally(TASK), last=True)["tritonspeed_heartbeat_seconds"] == 0
+
+
+def test_the_heartbeat_stands_still_while_the_thread_that_serves_does(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(tally.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tally.time, "time", lambda: 1000 + now[0])
+    found = Tally(TASK, patience=75)
+
+    def heartbeat():
+        return shown(found)["tritonspeed_heartbeat_seconds"]
+
+    now[0] += 500
+    assert heartbeat() == 1600  # it loads, for as long as that takes
+    found.up(1, 500)
+    now[0] += 75
+    assert heartbeat() == 1675
+    now[0] += 1
+    assert heartbeat() == 1675
+    now[0] += 100
+    assert heartbeat() == 1675
+    found.turn()
+    assert heartbeat() == 1776
+    now[0] += 200
+    found.down(STARTING)
+    assert heartbeat() == 1976
+
+
+def test_when_the_last_step_was_done(monkeypatch):
+    monkeypatch.setattr(tally.time, "time", lambda: 1234.5)
+    found = Tally(TASK)
+    assert shown(found)["tritonspeed_last_step_seconds"] == 0
+    found.done()
+    assert shown(found)["tritonspeed_last_step_seconds"] == 1234.5
 
 
 def test_reasons_of_errors():

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
@@ -101,6 +102,8 @@ def test_a_known_load_of_generate(served, counted):
             for n in (1, 3):
                 pipe("the quick", max_tokens=7, n=n, ignore_eos=True)
             pipe("the quick", max_tokens=1)
+    assert values(served, counted)["tritonspeed_state"] == 1
+    assert eventually(lambda: time.time() - 60 < values(served, counted)["tritonspeed_last_step_seconds"], SOON)
 
 
 def test_what_ends_otherwise(served, counted):
@@ -187,7 +190,8 @@ def test_a_reload_and_what_is_unloaded(served, tiny):
         both = {"vllm:generation_tokens_total": 5, "tritonspeed_ranks_up": 1}
         assert eventually(lambda: both.items() <= values(served, name).items(), SOON)
         assert values(served, name)["tritonspeed_heartbeat_seconds"] > 0
-    gone = {"vllm:generation_tokens_total": 5, "tritonspeed_ranks_up": 0, "tritonspeed_heartbeat_seconds": 0}
+    gone = {"vllm:generation_tokens_total": 5}
+    gone |= {f"tritonspeed_{name}": 0 for name in ("ranks_up", "state", "heartbeat_seconds")}
     assert eventually(lambda: gone.items() <= values(served, name).items(), SOON)
 
 
@@ -218,9 +222,11 @@ def expressions():
 
 def test_dashboard_and_alerts_ask_for_what_is_served(served, counted):
     there = set(re.findall(r"^([\w:]+)\{", exposed(served), re.M))
-    asked = {where: set(re.findall(r"\b(?:vllm:|tritonspeed_|nv_)\w+", each)) for where, each in expressions()}
-    assert len(asked) > 15 and all(asked.values())
-    assert {where: names - there for where, names in asked.items() if names - there} == {}
+    asked = [(where, set(re.findall(r"\b(?:vllm:|tritonspeed_|nv_)\w+", each))) for where, each in expressions()]
+    assert len(asked) > 25 and all(names for _, names in asked)
+    assert [(where, names - there) for where, names in asked if names - there] == []
+    shown = {re.sub("_(total|bucket|sum|count)$", "", name) for _, names in asked for name in names}
+    assert {re.sub("_total$", "", metric.name) for metric in GENERATE} - shown == set()
 
 
 def test_expressions_are_balanced_and_labels_are_ours():

@@ -8,7 +8,7 @@ from backend.config import EngineConfig
 from backend.errors import EngineDown, LoadError
 from backend.metrics import TASK
 from backend.ranks.lifecycle import Hooks, Lifecycle
-from backend.tally import Tally
+from backend.tally import ENDED, FAILED, READY, STARTING, Tally
 
 
 class Model:
@@ -57,14 +57,16 @@ class Model:
 
 def test_it_loads_serves_and_ends():
     model = Model()
-    assert model.life.down == "is loading" and not model.life.restarting
+    assert model.life.down == "is loading" and not model.life.restarting and model.tally.state == STARTING
     with pytest.raises(EngineDown, match="the model is loading; try again later"):
         model.life.check()
     model.life.start()
     model.life.check()
     assert model.served.wait(20) and model.life.down == "" and model.tally.ranks_up == 1
+    assert model.tally.state == READY
     assert model.ended() == ["start", "all: the model is being unloaded", "close", "kill"]
     assert model.life.down == "is being unloaded" and model.tally.ranks_up == model.tally.restarts == 0
+    assert model.tally.state == ENDED
     assert [line.endswith(" s: well") for line in model.said] == [True]
 
 
@@ -84,6 +86,42 @@ def test_after_max_restarts_all_that_comes_is_told_why():
     assert model.lost.wait(20) and model.life.down == "has failed for good (x)" and model.life.restarting
     assert model.said[-1] == "has failed for good (x)" and model.noted[-1] == "all: the model has failed for good (x)"
     assert model.ended()[-3:] == ["all: the model is being unloaded", "close", "kill"]
+
+
+def test_ranks_that_load_and_fail_at_once_are_given_up():
+    model = Model(serve=[EngineDown("x") for _ in range(9)], max_restarts=3)
+    model.life.start()
+    assert model.lost.wait(20) and model.life.down == "has failed for good (x)"
+    assert model.noted.count("start") == 4 and model.tally.state == FAILED
+    model.ended()
+
+
+@pytest.mark.parametrize("hook", ["fail_begun", "fail_all"])
+def test_a_hook_that_fails_leaves_no_model_that_neither_serves_nor_says_so(hook):
+    model = Model(load=[None, ValueError("no")], serve=[EngineDown("x")], max_restarts=1)
+    asked = threading.Event()
+
+    def broken(error):
+        asked.set()
+        raise ValueError("a hook's own fault")
+
+    hooks = {"load": model.load, "serve": model.serve, "fail_begun": model.fail_begun, "fail_all": model.fail_all}
+    model.life._hooks = Hooks(**hooks | {hook: broken})
+    model.life.start()
+    assert asked.wait(20)
+    eventually(lambda: model.said[-1] == "has failed for good (x)")
+    assert model.life.down == "has failed for good (x)" and model.tally.state == FAILED
+    model.life._hooks = Hooks(**hooks)
+    assert model.lost.wait(20)
+    model.ended()
+
+
+def eventually(holds):
+    for _ in range(2000):
+        if holds():
+            return
+        threading.Event().wait(0.01)
+    assert holds()
 
 
 def test_what_cannot_be_loaded_says_so_and_leaves_no_ranks():

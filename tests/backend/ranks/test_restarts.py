@@ -53,6 +53,18 @@ def test_it_gives_up_after_max_restarts(now):
     assert len(closing.pauses) == 2
 
 
+def test_what_loads_and_fails_again_soon_is_given_up_too(now):
+    closing = Closing()
+    found = made(closing, max_restarts=2)
+    for _ in range(2):
+        assert found.again(failing(0))
+        found.served()
+        now[0] += restarts.SETTLED - 1
+    assert not found.again(failing(0)) and len(closing.pauses) == 2
+    now[0] += 2
+    assert found.again(failing(0))  # a minute of service since: it is the first failure again
+
+
 def test_closing_ends_a_pause(now):
     closing = Closing(after=2)
     assert not made(closing).again(failing(9))
@@ -61,7 +73,7 @@ def test_closing_ends_a_pause(now):
 
 def test_pauses_go_on_growing_over_failures_and_are_bounded(now):
     closing = Closing()
-    found = made(closing, restart_backoff=0.5)
+    found = made(closing, restart_backoff=0.5, max_restarts=9999)
     found.failures = 5000
     assert found.again(failing(0)) and closing.pauses == [restarts.LONGEST]
 
