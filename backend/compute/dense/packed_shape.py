@@ -30,7 +30,7 @@ def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
 
     Loads ahead of what is multiplied, by way of shared memory, took twice as long.
     """
-    columns, rows = _covering(width // (4 * per), 256 * (3 - per), least=32), 4
+    columns, rows = _covering(width // (4 * per), 512 if per == 1 else 256, least=32), 4
     while rows > 1 and outputs < rows * 2 * PROCESSORS:
         rows //= 2
     return Shape(rows, columns, warps=max(1, columns // 128), stages=1)
