@@ -24,7 +24,9 @@ from measuring.workloads import Request, Workload
 
 COLUMNS = ("tok/s", "req/s", "met/s", "ttft p50", "ttft p99", "tpot", "itl p50", "itl p99")
 RATES = COLUMNS[:3]
-SHARES = ("within", "of floor")
+GOODPUT = ("within", "refused")
+"""Shares of the requests, where there are targets."""
+SHARES = (*GOODPUT, "of floor")
 SHARED = "0.25"
 """Of the free memory for each one's cache, where contenders share a device."""
 MOST_TOGETHER = 256
@@ -160,7 +162,7 @@ class Comparison:
         options = self._options
         about = f"dtype {options.dtype}, tp {options.tensor_parallel}, medians of {options.rounds}"
         print(f"\n{model(options)}, {about}, {versions()}\n")
-        columns = [*COLUMNS, *(["within"] if options.slo else []), *(["of floor"] if self._limit else [])]
+        columns = [*COLUMNS, *(GOODPUT if options.slo else ()), *(["of floor"] if self._limit else [])]
         heads = [column if column in (*RATES, *SHARES) else f"{column} ms" for column in columns]
         references = [name for name in self._names if name in REFERENCES or ":" in name]
         print("| " + " | ".join(["workload", "contender", *heads, *(f"of {name}" for name in references)]) + " |")
@@ -173,17 +175,17 @@ class Comparison:
             print("\nprivate memory, MiB: " + ", ".join(f"{name} {value:.0f}" for name, value in self._memory.items()))
 
     def _cell(self, workload: str, name: str, column: str) -> str:
-        if column not in self._rounds[workload, name][0]:
-            return ""
-        return f"{self._median(workload, name, column):.{2 if column in SHARES else 1}f}"
+        median = self._median(workload, name, column)
+        return "" if median is None else f"{median:.{2 if column in SHARES else 1}f}"
 
-    def _median(self, workload: str, name: str, column: str) -> float:
-        return statistics.median(result[column] for result in self._rounds[workload, name])
+    def _median(self, workload: str, name: str, column: str) -> float | None:
+        """Of the rounds that have such a figure; None where none has."""
+        found = [result[column] for result in self._rounds.get((workload, name), []) if column in result]
+        return statistics.median(found) if found else None
 
     def _ratio(self, workload: str, name: str, reference: str) -> str:
-        if (workload, reference) not in self._rounds:
-            return ""
-        return f"{self._median(workload, name, 'tok/s') / self._median(workload, reference, 'tok/s'):.2f}"
+        own, other = (self._median(workload, each, "tok/s") for each in (name, reference))
+        return f"{own / other:.2f}" if own is not None and other else ""
 
 
 def _warming(workload: Workload) -> Workload:

@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from backend.errors import DeadlineExceeded, Overloaded
 from measuring.figures import Trace
 from measuring.remote import Remote
 from measuring.workloads import Request
@@ -54,8 +55,7 @@ class _Round:
 
     def run(self) -> list[Trace]:
         self._start = time.perf_counter()
-        while self._next < len(self._requests) or self._open:
-            wait = self._begin()
+        while (wait := self._begin()) < QUIET_SECONDS or self._open:
             try:
                 self._read(self._news.get(timeout=wait))
             except Empty:
@@ -64,13 +64,13 @@ class _Round:
         return self._traces
 
     def _begin(self) -> float:
-        """Open what is due; seconds until the next is."""
+        """Open what is due; seconds until the next is, QUIET_SECONDS where only those that are open can tell."""
         while self._next < len(self._requests):
             due = self._start + self._requests[self._next].at - time.perf_counter()
             if self._clients and len(self._open) >= self._clients:
                 break
             if not self._clients and due > 0:
-                return due
+                return min(due, QUIET_SECONDS - 1)
             self._send(self._next)
             self._next += 1
         return QUIET_SECONDS
@@ -82,15 +82,20 @@ class _Round:
         request, trace = self._requests[number], self._traces[number]
         trace.start = time.perf_counter() - self._start if self._clients else request.at
         prompt = Prompt(array("i", request.ids), SamplingParams(max_tokens=request.output, temperature=0.0))
-        self._open[number] = self._engine.open([prompt], lambda ended: self._news.put(number))
+        try:
+            self._open[number] = self._engine.open([prompt], lambda ended: self._news.put(number))
+        except Overloaded as error:
+            trace.refused = repr(error)
 
     def _read(self, number: int) -> None:
         if (stream := self._open.get(number)) is None:
             return  # all was read at the bell before
-        now = time.perf_counter() - self._start
-        for delta in stream.take():
-            self._traces[number].arrivals.append((now, len(delta.token_ids)))
-        if stream.done:
+        now, trace = time.perf_counter() - self._start, self._traces[number]
+        try:
+            trace.arrivals += [(now, len(delta.token_ids)) for delta in stream.take()]
+        except (Overloaded, DeadlineExceeded) as error:
+            trace.refused = repr(error)
+        if stream.done or trace.refused:
             self._engine.leave(self._open.pop(number))
 
 

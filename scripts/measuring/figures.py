@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Trace:
     start: float = 0.0
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     """(time, number of tokens)."""
+    refused: str = ""
+    """The error with which it ended, if it was not taken or its time passed: what came before is no answer."""
 
     @property
     def tokens(self) -> int:
@@ -77,21 +80,52 @@ def percentile(values: Sequence[float], share: float) -> float:
 def figures(
     traces: Sequence[Trace], prompts: Sequence[int], outputs: Sequence[int], targets: Targets | None = None
 ) -> dict[str, float]:
-    """Rates over the whole round, latencies in ms. ValueError where a request has not all its tokens."""
+    """Rates over the whole round, latencies in ms, of the requests that were answered.
+
+    With targets, refused ones are none of those within; without, and where one lacks tokens, ValueError.
+    """
+    answered = [trace for trace in traces if not trace.refused]
+    if not targets:
+        _check_all_answered(traces)
     for trace, output in zip(traces, outputs, strict=True):
-        if trace.tokens != output:
+        if not trace.refused and trace.tokens != output:
             raise ValueError(f"a request gave {trace.tokens} tokens instead of {output}")
-    end = max(trace.end for trace in traces)
-    firsts, gaps = [trace.first for trace in traces], [gap for trace in traces for gap in trace.gaps]
-    met = sum(trace.met(prompt) for trace, prompt in zip(traces, prompts, strict=True))
-    within = {"within": sum(trace.within(targets) for trace in traces) / len(traces)} if targets else {}
-    return within | {
-        "tok/s": sum(outputs) / end,
-        "req/s": len(traces) / end,
-        "met/s": met / end,
+    return _goodput(answered, len(traces), targets) | _rates(traces, prompts) | _latencies(answered)
+
+
+def _check_all_answered(traces: Sequence[Trace]) -> None:
+    if refused := [trace.refused for trace in traces if trace.refused]:
+        raise ValueError(f"{len(refused)} of {len(traces)} requests were refused, which --slo counts: {refused[0]}")
+
+
+def _goodput(answered: Sequence[Trace], count: int, targets: Targets | None) -> dict[str, float]:
+    """Shares of all `count` requests."""
+    if not targets:
+        return {}
+    within = sum(trace.within(targets) for trace in answered)
+    return {"within": within / count, "refused": 1 - len(answered) / count}
+
+
+def _rates(traces: Sequence[Trace], prompts: Sequence[int]) -> dict[str, float]:
+    """Of those answered, until the last of them was; 0 where none was."""
+    pairs = [(trace, prompt) for trace, prompt in zip(traces, prompts, strict=True) if not trace.refused]
+    end = max((trace.end for trace, _ in pairs), default=math.inf)
+    return {
+        "tok/s": sum(trace.tokens for trace, _ in pairs) / end,
+        "req/s": len(pairs) / end,
+        "met/s": sum(trace.met(prompt) for trace, prompt in pairs) / end,
+    }
+
+
+def _latencies(answered: Sequence[Trace]) -> dict[str, float]:
+    """Nothing of nobody: a 0 would look like a very fast one."""
+    if not answered:
+        return {}
+    firsts, gaps = [trace.first for trace in answered], [gap for trace in answered for gap in trace.gaps]
+    return {
         "ttft p50": 1e3 * statistics.median(firsts),
         "ttft p99": 1e3 * percentile(firsts, 0.99),
-        "tpot": 1e3 * statistics.median(trace.per_token for trace in traces),
+        "tpot": 1e3 * statistics.median(trace.per_token for trace in answered),
         "itl p50": 1e3 * percentile(gaps, 0.5),
         "itl p99": 1e3 * percentile(gaps, 0.99),
     }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from client import pipeline
+from client import DeadlineExceeded, Overloaded, pipeline
 from measuring.figures import Trace
 from measuring.remote import answer
 from measuring.workloads import Request
@@ -22,7 +22,7 @@ Ask = Callable[[Request], Iterable[int]]
 
 
 def begin(port: str) -> Callable[[Any], list[Trace]]:
-    pipe = pipeline("generate", port=int(port), timeout=TIMEOUT)
+    pipe = pipeline("generate", port=int(port), timeout=TIMEOUT, retries=0)  # a refusal is a figure
 
     def ask(request: Request) -> Iterable[int]:
         deltas = pipe.stream(request.ids, max_tokens=request.output, temperature=0.0, ignore_eos=True)
@@ -44,8 +44,11 @@ def play(ask: Ask, start: float, clients: int, requests: list[Request]) -> list[
 def _one(ask: Ask, start: float, request: Request, closed: bool) -> Trace:
     time.sleep(max(0.0, start + request.at - time.perf_counter()))
     trace = Trace(time.perf_counter() - start if closed else request.at)
-    for count in ask(request):
-        trace.arrivals.append((time.perf_counter() - start, count))
+    try:
+        for count in ask(request):
+            trace.arrivals.append((time.perf_counter() - start, count))
+    except (Overloaded, DeadlineExceeded) as error:
+        trace.refused = repr(error)
     return trace
 
 

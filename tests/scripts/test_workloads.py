@@ -21,6 +21,9 @@ from measuring.remote import Remote
 from measuring.stream_client import play
 from measuring.workloads import NAMED, Lengths, Request, Sizes, Workload, named, streams
 
+from backend.errors import DeadlineExceeded, Overloaded, ServingError
+from client import errors
+
 NAMES = {
     "W1": ["W1 2600/60, 4 clients", "W1 1200/128, 4 clients"],
     "W3": ["W3 128/128", "W3 1000/1000", "W3 2048/128", "W3 2048/2048"],
@@ -99,6 +102,31 @@ def test_figures_refuse_a_request_that_lacks_tokens():
         figures([Trace(0.0, [(1.0, 2)])], [1], [3])
 
 
+REFUSED = "Overloaded('later')"
+
+
+def test_figures_count_refusals_where_there_are_targets():
+    late = Trace(0.0, [(0.1, 3)], "DeadlineExceeded('late')")  # what it gave before is worth nothing
+    good = Trace(0.0, [(0.5, 1), (2.0, 3)])
+    traces, prompts, outputs = [Trace(refused=REFUSED), good, late, good], [512] * 4, [9, 4, 9, 4]
+    found = figures(traces, prompts, outputs, Targets(1.0, 1.0))
+    assert (found["within"], found["refused"]) == (0.5, 0.5)
+    assert (found["tok/s"], found["req/s"], found["met/s"]) == (4, 1, 0)
+    assert (found["ttft p50"], found["tpot"], found["itl p99"]) == (500, 500, 1500)
+    with pytest.raises(ValueError, match=r"2 of 4 requests were refused, .*: Overloaded\('later'\)"):
+        figures(traces, prompts, outputs)
+
+
+def test_figures_of_refusals_alone():
+    found = figures([Trace(refused=REFUSED)] * 2, [5, 5], [5, 5], Targets(1.0, 1.0))
+    assert found == {"within": 0, "refused": 1, "tok/s": 0, "req/s": 0, "met/s": 0}
+
+
+def test_a_request_that_gave_nothing_without_an_error_is_no_refusal():
+    with pytest.raises(ValueError, match="gave 0 tokens instead of 3"):
+        figures([Trace()], [1], [3], Targets(1.0, 1.0))
+
+
 def test_met_needs_both_speeds():
     assert Trace(1.0, [(2.0, 1), (3.0, 4)]).met(512)
     assert not Trace(1.0, [(2.1, 1), (3.0, 4)]).met(512)
@@ -137,6 +165,28 @@ def test_streams_of_so_many_clients(clients, most):
     assert clients or all(trace.start == 0.0 for trace in traces)
 
 
+@pytest.mark.parametrize("error", [errors.Overloaded, errors.DeadlineExceeded])
+def test_a_stream_that_is_refused_says_so_and_the_others_go_on(error):
+    crowd = Crowd()
+
+    def ask(request):
+        if request.output == 3:
+            raise error("later")
+        return crowd.ask(request)
+
+    traces = play(ask, time.perf_counter(), 1, [Request([1], output) for output in (2, 3, 4)])
+    assert [trace.tokens for trace in traces] == [2, 0, 4]
+    assert [trace.refused for trace in traces] == ["", f"{error.__name__}('later')", ""]
+
+
+def test_other_errors_of_streams_are_raised():
+    def ask(request):
+        raise errors.ServerError("a bug")
+
+    with pytest.raises(errors.ServerError, match="a bug"):
+        play(ask, time.perf_counter(), 0, [Request([1], 1)])
+
+
 def test_streams_wait_for_their_time():
     traces = play(Crowd().ask, time.perf_counter(), 0, [Request([1], 2, at) for at in (0.0, 0.2)])
     assert traces[1].start == 0.2 and traces[1].arrivals[0][0] >= 0.2
@@ -170,6 +220,45 @@ def test_the_engine_is_asked_by_so_many_clients(clients, most):
     traces = served.run(requests, clients)
     assert [trace.tokens for trace in traces] == [1, 2, 3, 4, 5]
     assert (served._engine.most, served._engine.open_now) == (most, 0)
+
+
+class Refusing(Immediate):
+    """Of requests that want more than two tokens it takes none, or all and ends them with `late`."""
+
+    def __init__(self, late=None):
+        super().__init__()
+        self.late = late
+
+    def open(self, prompts, notify):
+        if prompts[0].params.max_tokens <= 2:
+            return super().open(prompts, notify)
+        if self.late is None:
+            raise Overloaded("later")
+        self.open_now += 1
+        notify(True)
+        return SimpleNamespace(take=self.fail, done=False)
+
+    def fail(self):
+        raise self.late
+
+
+@pytest.mark.parametrize("clients", [0, 1])
+@pytest.mark.parametrize("late", [None, Overloaded("later"), DeadlineExceeded("later")])
+def test_the_engine_may_refuse(clients, late):
+    """The last one as well: nothing is open then."""
+    served = Engine.__new__(Engine)
+    served._engine = Refusing(late)
+    traces = served.run([Request([1], output) for output in (1, 3, 2, 3)], clients)
+    said = repr(late or Overloaded("later"))
+    assert [(trace.tokens, trace.refused) for trace in traces] == [(1, ""), (0, said), (2, ""), (0, said)]
+    assert served._engine.open_now == 0
+
+
+def test_other_errors_of_the_engine_are_raised():
+    served = Engine.__new__(Engine)
+    served._engine = Refusing(ServingError("a bug"))
+    with pytest.raises(ServingError, match="a bug"):
+        served.run([Request([1], 3)], 0)
 
 
 def test_a_process_answers_and_says_what_fails():
@@ -270,4 +359,33 @@ def test_a_comparison_shows_goodput_where_targets_are_given(monkeypatch, capsys)
     )  # fmt: skip
     comparison.Comparison(options, streams([2, 3], prompt=40, output=20)).run()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert rows[0].endswith("| itl p99 ms | within |") and [row[-9:] for row in rows[2:]] == [" | 1.00 |"] * 2
+    assert rows[0].endswith("| itl p99 ms | within | refused |")
+    assert [row[-16:] for row in rows[2:]] == [" | 1.00 | 0.00 |"] * 2
+
+
+class Full(Contender):
+    """Refuses the first so many requests of a round."""
+
+    def __init__(self, refuses):
+        super().__init__(40)
+        self.refuses = refuses
+
+    def run(self, requests, clients):
+        return [Trace(refused=REFUSED)] * self.refuses + super().run(requests[self.refuses :], clients)
+
+
+def test_a_comparison_shows_refusals_where_targets_are_given_and_fails_without(monkeypatch, capsys):
+    contenders = {"server": Full(1), "engine": Full(4)}
+    monkeypatch.setattr(comparison, "made", lambda name, options, alone: contenders[name])
+    monkeypatch.setattr(comparison, "_warming", lambda workload: workload)
+    options = argparse.Namespace(
+        contenders="server,engine", in_turn=False, rounds=2, json=None, witness=False, model="m", shape=None,
+        dtype="auto", tensor_parallel=1, set=["device=cpu"], slo=Targets.of("100/30"),
+    )  # fmt: skip
+    comparison.Comparison(options, streams([4], prompt=40, output=20)).run()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 streams")]
+    assert rows[0].startswith("| 4 streams 40/20 | server | 120.0 | 6.0 |") and rows[0].endswith("| 0.75 | 0.25 |")
+    assert rows[1] == "| 4 streams 40/20 | engine | 0.0 | 0.0 | 0.0 |  |  |  |  |  | 0.00 | 1.00 |"
+    options.slo = None
+    with pytest.raises(ValueError, match="1 of 4 requests were refused"):
+        comparison.Comparison(options, streams([4], prompt=40, output=20)).run()
