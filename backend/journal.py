@@ -49,8 +49,9 @@ class Entry:
 class Journal:
     """One model's."""
 
-    def __init__(self, report: Callable[[str], None], on: bool = True) -> None:
-        self._report, self._on = report, on
+    def __init__(self, report: Callable[[str], None], on: bool = True, model: str = "") -> None:
+        """`model` is its name, for its spans; a line has it from `report`."""
+        self._report, self._on, self._model = report, on, model
         self._spans = spans.from_environment(os.environ)
 
     def entry(self, asked: Asked) -> Entry:
@@ -63,7 +64,8 @@ class Journal:
         if self._on:
             self._report(json.dumps(_line(entry, error, now)))
         if self._spans and entry.asked and (trace := entry.asked.trace):
-            self._spans.add(trace, entry, now)
+            attributes = {"model": self._model, "request_id": safe(entry.asked.request_id)}
+            self._spans.add(trace, entry, now, spans.Told(attributes, type(error).__name__ if error else ""))
 
 
 def _line(entry: Entry, error: BaseException | None, now: float) -> dict[str, object]:

@@ -30,7 +30,7 @@ from backend.launcher.log import Log
 from backend.launcher.options import check, parse
 from backend.launcher.output import Output
 from backend.launcher.ports import require_free
-from backend.launcher.repair import Repair, looking, reach
+from backend.launcher.repair import GRPC_KEY, Repair, looking, reach
 from backend.launcher.tritonserver import Options, Ports
 from client import local
 from client.arguments import settings
@@ -131,7 +131,10 @@ def _behaviour(options: argparse.Namespace, ports: Ports) -> Options:
     key = os.environ.get("TRITONSPEED_ADMIN_KEY", "") if not ports.loopback else ""
     if not ports.loopback and not key:
         key = secrets.token_urlsafe(16)
-        _say(f"the server's own APIs (model repository, shared memory, ...) need the header admin-key: {key}")
+        _say(
+            "the server's own APIs (model repository, shared memory, ...) need a key in the header admin-key, "
+            f"over gRPC in {GRPC_KEY}: {key}"
+        )
     drain, cache = options.drain_seconds, options.cache_mib
     repair = options.repair_minutes if options.explicit else 0.0
     return Options(options.explicit, options.keep_going, options.verbose, drain, key, cache, options.otel, repair)

@@ -36,12 +36,7 @@ def draw(pipe: Any, options: argparse.Namespace, given: dict[str, Any]) -> Itera
     paint = None if options.json else painter(sys.stdout)
     _check(options.output, paint)
     more = {"num_inference_steps": options.steps, "image": options.image, "mask_image": options.mask_image}
-    try:
-        images = pipe(
-            words(options.prompt), **given, **{name: value for name, value in more.items() if value is not None}
-        )
-    except ImportError as error:
-        raise InvalidInput(f"images need Pillow ({error}): pip install pillow") from None
+    images = pipe(words(options.prompt), **given, **{name: value for name, value in more.items() if value is not None})
     for path, image in zip(_paths(options.output, len(images)), images, strict=True):
         if path is not None:
             _save(image, path)

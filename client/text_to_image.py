@@ -12,7 +12,7 @@ from client.errors import InvalidInput, ServerError
 from client.pipeline import Answer, AsyncPipeline, Call, Pipeline
 from client.tensors import Tensors, strings, text
 from client.values import table, tensors
-from client.zero_shot_image import read
+from client.zero_shot_image import pillow, read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,8 +21,8 @@ OPTIONS = table(
     ("negative_prompt", "string", "what the image should not show"),
     ("num_inference_steps", "int32", "denoising steps"),
     ("guidance_scale", "fp32", "how closely to follow the prompt; 1 is off"),
-    ("height", "int32", "pixels; with width, or the model's own size"),
-    ("width", "int32", "pixels; with height"),
+    ("height", "int32", "pixels; otherwise the model's own"),
+    ("width", "int32", "pixels; otherwise the model's own"),
     ("seed", "uint64", "the same seed gives the same image; the next images of a prompt count on from it"),
     ("num_images_per_prompt", "int32", "images of each prompt"),
     ("format", "string", "how images travel: png (default), jpeg, webp or raw"),
@@ -77,7 +77,8 @@ class AsyncTextToImage(AsyncPipeline):
 
 
 def questions(prompt: str | Sequence[str], options: Mapping[str, Any]) -> Call[list[Image]]:
-    """The task: one request a prompt; the server draws them together where it can."""
+    """The task: one request a prompt; the server draws them together where it can. InvalidInput without Pillow."""
+    pillow()  # before anything is drawn
     prompts = [prompt] if isinstance(prompt, str) else [*prompt]
     seeds = _seeds(options.get("seed"), len(prompts))
     others = {name: value for name, value in options.items() if name != "seed"}
@@ -88,7 +89,7 @@ def questions(prompt: str | Sequence[str], options: Mapping[str, Any]) -> Call[l
 
 def one(prompt: str, options: Mapping[str, Any]) -> Tensors:
     """A prompt and its options as tensors of shape [1, 1]."""
-    files = {name: strings(encoded(options[name], name)) for name in FILES if options.get(name) is not None}
+    files = {name: strings(read(options[name], name)) for name in FILES if options.get(name) is not None}
     others = {name: value for name, value in options.items() if name not in FILES}
     return {"prompt": strings(text(prompt, "prompt")), **files, **tensors(OPTIONS, others)}
 
@@ -112,17 +113,6 @@ def _opened(data: bytes, format_: str, size: tuple[int, int], seed: int, flagged
     if flagged:
         image.info["nsfw_content_detected"] = True
     return image
-
-
-def encoded(picture: Any, name: str) -> bytes:
-    """A file's bytes: as it is, or written as PNG."""
-    if isinstance(picture, np.ndarray):
-        from PIL import Image
-
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-            raise InvalidInput(f"{name} must be of uint8, [height, width, 3] or [height, width]")
-        picture = Image.fromarray(picture)
-    return read(picture)
 
 
 def _seeds(seed: Any, count: int) -> list[Any]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypedDict, Unpack, overload
+from typing import Any, Protocol, TypeAlias, TypedDict, Unpack, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from client.classify import OUTPUTS, Label, labels
 from client.errors import InvalidInput
@@ -21,8 +24,8 @@ class Picture(Protocol):
     def save(self, fp: Any, format: str) -> None: ...  # noqa: A002
 
 
-Image: TypeAlias = str | Path | bytes | Picture
-"""A file's path, its content (PNG, JPEG, WebP ...) or an image of PIL."""
+Image: TypeAlias = str | Path | bytes | Picture | NDArray[np.uint8]
+"""A file's path, its content (PNG, JPEG, WebP ...), an image of PIL, or uint8 pixels, [height, width(, 3)]."""
 
 
 class Options(TypedDict, total=False):
@@ -64,13 +67,21 @@ def questions(image: Any, choices: Any, *, timeout: float | None = None, **optio
     wanted = [each for (each,) in texts(listed(choices, "labels"), "label")]
     if not all(wanted) or not wanted:
         raise InvalidInput("labels must not be empty")
-    files = [[read(each)] for each in (image if is_many(image) else [image])]
+    many = is_many(image) and not _is_pixels(image)
+    files = [[read(each)] for each in (image if many else [image])]
     columns = {"image": files, "labels": [wanted] * len(files)}
-    return call(columns, tensors(OPTIONS, options), labels, OUTPUTS, is_many(image))
+    return call(columns, tensors(OPTIONS, options), labels, OUTPUTS, many)
 
 
-def read(image: Image) -> bytes:
-    """The content of an image's file; PIL's images become PNG. InvalidInput names a file that cannot be read."""
+def _is_pixels(image: Any) -> bool:
+    """Whether it is one image as an array; arrays of more or fewer dimensions are lists of images."""
+    return isinstance(image, np.ndarray) and image.ndim in (2, 3)
+
+
+def read(image: Image, name: str = "image") -> bytes:
+    """The content of an image's file; pixels and PIL's images become PNG. InvalidInput: a file that cannot be read."""
+    if isinstance(image, np.ndarray):
+        image = pixels(image, name)
     if isinstance(image, bytes):
         return image
     if isinstance(image, str | Path):
@@ -79,7 +90,23 @@ def read(image: Image) -> bytes:
         except OSError as error:
             raise InvalidInput(f"cannot read the image {str(image)!r}: {error.strerror}") from None
     if not hasattr(image, "save"):
-        raise InvalidInput(f"image must be a path, bytes or an image of PIL, not {type(image).__name__}")
+        raise InvalidInput(f"{name} must be a path, bytes, an image of PIL or pixels, not {type(image).__name__}")
     content = io.BytesIO()
     image.save(content, format="PNG")
     return content.getvalue()
+
+
+def pixels(image: NDArray[Any], name: str) -> Picture:
+    """An image of PIL; InvalidInput unless the array is one image."""
+    if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,), (4,)) or not image.size:
+        raise InvalidInput(f"{name} must be of uint8, [height, width, 3] or [height, width]")
+    return cast(Picture, pillow().fromarray(image))
+
+
+def pillow() -> Any:
+    """PIL.Image; InvalidInput says how to get it where it is missing."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise InvalidInput(f"images need Pillow ({error}): pip install pillow") from None
+    return Image

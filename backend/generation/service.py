@@ -40,9 +40,10 @@ CLOSING = 5.0
 class Service:
     """Serves one generative model. `start`, then `serve` from any thread, then `close`."""
 
-    def __init__(self, config: EngineConfig, report: Report = print, worker: str = DECODER) -> None:
+    def __init__(self, config: EngineConfig, report: Report = print, worker: str = DECODER, model: str = "") -> None:
+        """`model` is its name, for traces."""
         self.engine = Engine(config, report, worker)
-        self._journal = Journal(report, config.journal)
+        self._journal = Journal(report, config.journal, model)
         self._tokenising = ThreadPoolExecutor(TOKENISERS, "tokeniser")
         self._outbox: SimpleQueue[Delivery | None] = SimpleQueue()
         self._open: dict[Delivery, None] = {}

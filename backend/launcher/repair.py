@@ -18,6 +18,8 @@ from client.channel import Endpoint
 from client.control import Control
 from client.errors import Error
 
+GRPC_KEY = "triton-grpc-protocol-admin-key"
+"""The header of the key `admin-key` over gRPC; over HTTP it is the key's own name."""
 _LOOK_SECONDS = 1.0
 _UNLOAD_SECONDS = 60.0
 _LOAD_SECONDS = 86400.0
@@ -81,7 +83,7 @@ class Repair:
 
 def reach(ports: Ports, admin_key: str) -> Callable[[], Control]:
     """A way to the server's control API, opened anew each time."""
-    headers = {"admin-key": admin_key} if admin_key else None
+    headers = {GRPC_KEY: admin_key} if admin_key else None
     return lambda: Control(Endpoint.of(ports.local, ports.grpc, headers=headers))
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from backend import errors
 from backend.config import EngineConfig
 from backend.errors import EngineDown, LoadError, ServingError
 from backend.interpreter import python
@@ -247,5 +246,4 @@ def _died(member: _Member) -> EngineDown:
 def _raised(rank: int, name: str, line: str) -> ServingError:
     if name == LoadError.__name__:
         return LoadError(line)
-    known = getattr(errors, name, None)
-    return EngineDown(f"rank {rank}: {line}" if known else f"rank {rank}: {name}: {line}")
+    return EngineDown(f"rank {rank}: {line}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import os
 import pickle
 import signal
@@ -20,6 +21,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
+from backend.blame import places, tell
 from backend.config import EngineConfig
 from backend.errors import ServingError
 
@@ -50,6 +52,11 @@ Deferred = Callable[[], Any]
 ROOM = 1 << 16
 """Bytes that the socket takes in any case."""
 
+LOADING = frozenset({"capacity", "allocate", "warm_up"})
+"""Questions of the start, which hold nothing that callers sent; all others may."""
+
+log = logging.getLogger("tritonspeed")
+
 
 class Rank:
     """The loop of one rank process."""
@@ -71,9 +78,10 @@ class Rank:
             if method == PING:
                 self._send(packed(PONG, None))
                 continue
-            kind, answer = attempt(lambda: getattr(self._worker, method)(*arguments))  # noqa: B023 (called at once)
+            quotes = method not in LOADING
+            kind, answer = attempt(lambda: getattr(self._worker, method)(*arguments), quotes)  # noqa: B023 (at once)
             if kind == "ok" and callable(answer):
-                self._defer(partial(attempt, answer))
+                self._defer(partial(attempt, answer, quotes))
                 continue
             message = packed(kind, answer)
             # It must not overtake an answer to an earlier question; and while a large one waits to be read, questions
@@ -105,15 +113,27 @@ def packed(*parts: Any) -> bytes:
     return pickle.dumps(parts if len(parts) > 1 else parts[0], protocol=5)
 
 
-def attempt(question: Callable[[], Any]) -> tuple[str, Any]:
-    """("ok", answer), or ("error", (class name, one line)) with the traceback on stderr unless it is one of ours."""
+def attempt(question: Callable[[], Any], quotes: bool = False) -> tuple[str, Any]:
+    """("ok", answer), or ("error", (class name, one line)); what is not one of ours is on stderr too, with its places.
+
+    Where its message may quote what callers sent, neither has it.
+    """
     try:
         return "ok", question()
     except Exception as error:
-        if not isinstance(error, ServingError):
-            traceback.print_exc()
-        line = " ".join(str(error).split()) or type(error).__name__
-        return "error", (type(error).__name__, line[:2000])
+        return "error", (type(error).__name__, _told(error, quotes)[:2000])
+
+
+def _told(error: Exception, quotes: bool) -> str:
+    """In one line."""
+    name, message = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, ServingError):
+        return message or name
+    if quotes:
+        tell(log, "a question failed", error)
+        return places(error)
+    traceback.print_exc()
+    return f"{name}: {message}" if message else name
 
 
 def die_with(parent: int) -> None:

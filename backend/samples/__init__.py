@@ -20,8 +20,11 @@ from backend.samples.table import SAMPLES, Archive, Sample
 
 __all__ = ["SAMPLES", "STAMP", "Archive", "Sample", "fetch", "fetch_all", "locate"]
 
-_HUB_FILES = ["*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-"""What is taken from a hub besides the weights: never a pickle, never code."""
+_HUB_FILES = ["*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+"""What is taken from a hub besides the weights, from its folders too: never a pickle, never code.
+
+*.model: tokenizer.model, spiece.model, spm.model, sentencepiece.bpe.model.
+"""
 
 
 def locate(model: str | None, task: str) -> str:

@@ -78,7 +78,7 @@ class TextToImage:
         self._check(given)
         image, mask = self._image(row, given)
         first = secrets.randbits(32) if seed is None else seed  # 32 bits survive JSON's numbers
-        settings = tuple(given.items())
+        settings = tuple(sorted(given.items()))
         seeds = [(first + index) % (UINT64 + 1) for index in range(count)]
         return Item([Picture(prompt, negative, one, settings, image, mask) for one in seeds], format_)
 
@@ -132,14 +132,19 @@ class TextToImage:
         return text_of(row, name, self.config.max_prompt_bytes)
 
     def _check(self, given: dict[str, Any]) -> None:
-        """Sizes and limits that concern several values."""
-        sides = [given[name] for name in ("height", "width") if name in given]
-        check(len(sides) != 1, "height and width are given together or not at all")
+        """Sizes and limits that concern several values; of one side alone the other becomes the model's own.
+
+        Some pipelines would ignore a side that comes alone.
+        """
+        sides = [name for name in ("height", "width") if name in given]
         multiple, most = self.folder.multiple, self.config.max_pixels
-        for name in ("height", "width"):
-            check(given.get(name, 0) % multiple == 0, f"{name} must be a multiple of {multiple}, not {given.get(name)}")
-        if sides and sides[0] * sides[1] > most:
-            raise InvalidInput(f"height x width is {sides[0] * sides[1]} pixels, the limit is {most} (max_pixels)")
+        for name in sides:
+            check(given[name] % multiple == 0, f"{name} must be a multiple of {multiple}, not {given[name]}")
+        if not sides:
+            return
+        given |= {name: given.get(name, self.folder.side) for name in ("height", "width")}
+        if (pixels := self._pixels(given)) > most:
+            raise InvalidInput(f"height x width is {pixels} pixels, the limit is {most} (max_pixels)")
 
     def _image(self, row: Row, given: dict[str, Any]) -> tuple[Array | None, Array | None]:
         """The image and the mask of an inpainting request."""
@@ -158,9 +163,13 @@ class TextToImage:
         return image, mask
 
     def _together(self, piece: Picture) -> int:
-        sizes: dict[str, int] = dict(piece.settings)
-        pixels = sizes.get("height", self.folder.side) * sizes.get("width", self.folder.side)
-        return max(1, min(self.config.max_pixels // pixels, self.config.max_images)) * self.config.tensor_parallel
+        most = self.config.max_pixels // self._pixels(dict(piece.settings))
+        return max(1, min(most, self.config.max_images)) * self.config.tensor_parallel
+
+    def _pixels(self, given: dict[str, Any]) -> int:
+        """Of one image; a side that is not given is the model's own."""
+        sides: list[int] = [given.get(name, self.folder.side) for name in ("height", "width")]
+        return sides[0] * sides[1]
 
 
 def _parameters(config: EngineConfig, folder: PipelineFolder) -> list[Parameter]:

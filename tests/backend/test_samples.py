@@ -199,6 +199,26 @@ def test_the_command_line(made, cache, capsys):
     assert capsys.readouterr().err.startswith("error: no sample model for 'rerank'")
 
 
+@pytest.mark.parametrize(
+    ("task", "files"),
+    [
+        ("generate", ["model-00001-of-2.safetensors", "tokenizer.model", "chat_template.jinja", "vocab.txt"]),
+        ("embed", ["model.safetensors", "spm.model", "sentencepiece.bpe.model", "1_Pooling/config.json"]),
+        ("text_to_image", ["unet/x.safetensors", "tokenizer/spiece.model", "tokenizer_3/spiece.model", "a/merges.txt"]),
+    ],
+)
+def test_a_hubs_tokenizers_come_with_the_weights(task, files, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = [*files, "pytorch_model.bin", "modeling.py", "unet/x.bin", "x.pkl", "README.md"]
+
+    def download(model, allow_patterns):
+        return ",".join(filter_repo_objects(there, allow_patterns=allow_patterns))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert samples.locate("some/model", task).split(",") == files
+
+
 @pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france(smollm2):
     import torch

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from backend import server
+from backend import repository, server
 from backend.errors import LoadError
 from backend.launcher import health, leftovers, options, probe, tritonserver
 from backend.launcher.greeting import local_commands
@@ -456,6 +456,66 @@ def test_bad_options_are_one_line(arguments, message, capsys, monkeypatch, tmp_p
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and told.startswith("error: ") and message in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def composed(tmp_path, monkeypatch):
+    """What a command line composes: task and parameters by name; samples and hubs stand in for themselves."""
+    monkeypatch.setattr(server.samples, "fetch_all", lambda tasks: [Path("/samples", task) for task in tasks])
+    monkeypatch.setattr(server.samples, "locate", lambda model, task: model or f"/samples/{task}")
+    monkeypatch.setattr(server, "_on_gpu", lambda: False)
+
+    def composed(*arguments):
+        models = server.compose(options.parse(arguments), tmp_path / "models")
+        found = {folder.name: repository.origin(models, folder.name) for folder in models.iterdir()}
+        return {name: (made.task, made.parameters) for name, made in found.items()}
+
+    return composed
+
+
+def test_without_a_word_generate_and_embed_are_served(composed):
+    assert composed("--dtype=float32", "--set=threads=1") == {
+        task: (task, {"dtype": "float32", "threads": "1", "model": f"/samples/{task}"})
+        for task in ("generate", "embed")
+    }
+
+
+def test_all_are_the_tasks_with_a_sample(composed):
+    expected = ("generate", "embed", "classify", "qa", "text_to_image")
+    assert composed("--all") == {task: (task, {"model": f"/samples/{task}"}) for task in expected}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "task", "model"),
+    [
+        (["--task=qa"], "qa", "qa", "/samples/qa"),
+        (["--task=rerank", "--model=a/b"], "rerank", "rerank", "a/b"),
+        (["--model=a/b"], "generate", "generate", "a/b"),
+        (["--name=mine"], "mine", "generate", "/samples/generate"),
+        (["--name=mine", "--task=embed", "--model=a/b"], "mine", "embed", "a/b"),
+    ],
+)
+def test_what_is_named_is_served_alone(composed, arguments, name, task, model):
+    assert composed(*arguments) == {name: (task, {"model": model})}
+
+
+def test_beside_others_generate_leaves_them_room_on_a_gpu(composed, monkeypatch):
+    monkeypatch.setattr(server, "_on_gpu", lambda: True)
+    found = composed()
+    assert found["generate"][1]["kv_cache_fraction"] == "0.6" and "kv_cache_fraction" not in found["embed"][1]
+
+
+@pytest.mark.parametrize(("given", "fraction"), [(["--set=kv_cache_fraction=0.3"], "0.3"), (["--model=a/b"], None)])
+def test_generate_alone_or_as_told_on_a_gpu(composed, monkeypatch, given, fraction):
+    monkeypatch.setattr(server, "_on_gpu", lambda: True)
+    assert composed(*given)["generate"][1].get("kv_cache_fraction") == fraction
+
+
+@pytest.mark.parametrize("other", ["--model=a", "--name=a", "--task=qa", "--repository=a"])
+def test_all_goes_with_no_other_choice(other, capsys):
+    with pytest.raises(SystemExit):
+        options.parse(["--all", other])
+    assert "--all serves the samples" in capsys.readouterr().err
 
 
 def test_the_health_port_goes_with_the_others():

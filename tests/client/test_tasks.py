@@ -1,11 +1,13 @@
 """The tasks of one answer a request against a fake server: shapes, types, a few rows a request, order, filling."""
 
 import asyncio
+import io
 from pathlib import Path
 
 import fake_tasks
 import numpy as np
 import pytest
+import tiny_tasks
 from fake_triton import Failure, echo, until
 from PIL import Image
 
@@ -185,12 +187,34 @@ def test_zero_shot_image(server, ask, tmp_path):
     assert asked(server)[-1] == {
         "image": ("BYTES", (2, 1)), "labels": ("BYTES", (2, 2)), "hypothesis_template": ("BYTES", (2, 1)),
     }  # fmt: skip
-    for wrong in ("/nowhere.png", 3):
+    for wrong in ("/nowhere.png", 3, [3]):
         with pytest.raises(InvalidInput, match="image"):
             ask("zero_shot_image", wrong, ["cat"])
     for wrong in ([], [""], "cat"):
         with pytest.raises(InvalidInput, match="labels"):
             ask("zero_shot_image", data, wrong)
+
+
+def test_zero_shot_images_as_pixels(server, ask):
+    """Arrays of two or three dimensions are one image each, of four a list of them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+    labels = [Label("dog", 0.5), Label("cat", 0.5)]
+
+    def seen():
+        files = server.requests[-1].inputs["image"].reshape(-1)
+        return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+
+    for one in (pixels[0], pixels[0, ..., 0], pixels[0, :, ::2]):
+        assert ask("zero_shot_image", one, ["cat", "dog"]) == labels
+        np.testing.assert_array_equal(seen(), [one])
+    for several in ([*pixels], pixels):
+        assert ask("zero_shot_image", several, ["cat", "dog"]) == [labels] * 3
+        np.testing.assert_array_equal(seen(), pixels)
+    asked = len(server.requests)
+    for wrong in (pixels[0] / 255, pixels[0, ..., :2], [pixels], pixels[0, 0, 0], pixels[0, :0]):
+        with pytest.raises(InvalidInput, match="image must be"):
+            ask("zero_shot_image", wrong, ["cat"])
+    assert len(server.requests) == asked
 
 
 @pytest.mark.parametrize(
@@ -217,10 +241,9 @@ def test_what_cannot_be_asked(server, ask, arguments, options, named):
 
 @pytest.mark.parametrize("task", ONE_ANSWER)
 def test_an_answer_of_another_kind_is_refused(server, ask, task):
-    arguments = {"qa": ("a?", "b"), "rerank": ("q", ["a"]), "zero_shot_image": (b"x", ["a"])}.get(task, ("a",))
     server.script = lambda received: iter([{"text_output": ["hello"]}])
     with pytest.raises(ServerError, match="another task"):
-        ask(task, *arguments)
+        ask(task, *tiny_tasks.arguments(task))
 
 
 def test_exactly_one_answer_is_taken():

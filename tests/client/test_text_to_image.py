@@ -1,6 +1,7 @@
 """TextToImage and AsyncTextToImage against a transport that answers as the model does."""
 
 import asyncio
+import sys
 from io import BytesIO
 
 import numpy as np
@@ -144,6 +145,13 @@ def test_pixels_are_an_image_too(pipe, model):
 def test_wrong_values_never_leave(pipe, model, options, named):
     with pytest.raises(InvalidInput, match=named):
         pipe("a", **options)
+    assert not model.asked
+
+
+def test_without_pillow_nothing_is_asked(pipe, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(InvalidInput, match="pip install pillow"):
+        pipe("a")
     assert not model.asked
 
 

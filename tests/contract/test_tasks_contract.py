@@ -13,8 +13,12 @@ from backend.tasks import TASKS
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "contracts.md").read_text()
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 FOLDERS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt") if path.parent.name != "generate")
-REQUIRED = {"qa": {"question", "context"}, "rerank": {"query", "texts"}, "text_to_image": {"prompt"}, "zero_shot_image":
-            {"image", "labels"}}  # fmt: skip
+REQUIRED = {
+    "qa": {"question", "context"},
+    "rerank": {"query", "texts"},
+    "text_to_image": {"prompt"},
+    "zero_shot_image": {"image", "labels"},
+}
 """Inputs that may not be left out; of the other tasks it is `text`."""
 
 
@@ -60,6 +64,7 @@ def test_config_gathers_and_refuses(task):
     assert not config.model_transaction_policy.decoupled
     assert policy.timeout_action == ModelQueuePolicy.REJECT and policy.allow_timeout_override
     assert policy.default_timeout_microseconds > 0 and policy.max_queue_size > 0
+    assert all(tensor.allow_ragged_batch for tensor in config.input if -1 in tensor.dims)  # else lengths are kept apart
 
 
 @pytest.mark.parametrize("task", FOLDERS)

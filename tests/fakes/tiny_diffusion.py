@@ -9,11 +9,11 @@ WORDS = ["a", "red", "blue", "circle", "square", "the", "digit", "three", "seven
 
 
 def save(kind: str, folder: Path, **options: Any) -> Path:
-    """A pipeline of the kind "sd", "sdxl", "sd3" or "pixart"; images of 32 x 32 unless asked otherwise (pixart 64)."""
+    """A pipeline of the kind "sd", "sd2", "sdxl", "sd3" or "pixart"; images of 32 x 32 (pixart 64) unless asked."""
     import torch
 
     torch.manual_seed(0)
-    pipeline = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "pixart": _pixart}[kind](**options)
+    pipeline = {"sd": _sd, "sd2": _sd2, "sdxl": _sdxl, "sd3": _sd3, "pixart": _pixart}[kind](**options)
     pipeline.save_pretrained(folder)
     return folder
 
@@ -31,6 +31,25 @@ def _sd(safety: bool = False, inpaint: bool = False) -> Any:
         safety_checker=_safety_checker() if safety else None,
         feature_extractor=CLIPImageProcessor(size=30, crop_size=30) if safety else None,
         requires_safety_checker=safety,
+    )
+
+
+def _sd2() -> Any:
+    """As 2.1: the scheduler takes velocities, attention projects by linear layers, the text encoder is OpenCLIP's."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_clip_text(hidden_act="gelu")),
+        tokenizer=_tokenizer(),
+        unet=_unet(use_linear_projection=True),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, prediction_type="v_prediction"
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -116,12 +135,12 @@ def _unet(in_channels: int = 4, cross_attention_dim: int = 32, **more: Any) -> A
     )  # fmt: skip
 
 
-def _clip_text() -> Any:
+def _clip_text(**more: Any) -> Any:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=77, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        max_position_embeddings=77, projection_dim=32, bos_token_id=0, eos_token_id=1, pad_token_id=1, **more,
     )  # fmt: skip
 
 

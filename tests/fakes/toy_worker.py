@@ -11,6 +11,8 @@ class Toy:
     def __init__(self, birth, progress):
         if birth.config.model == "unloadable":
             raise LoadError("no such thing\nat all")
+        if birth.config.model == "unreadable":
+            raise ValueError("a header too large")
         progress("made")
         self.birth = birth
 
@@ -24,6 +26,17 @@ class Toy:
         if self.birth.rank == rank:
             raise {"InvalidInput": InvalidInput, "ValueError": ValueError}[name]("it broke")
         time.sleep(30)
+
+    def quote(self, words, deferred):
+        """Fails with the words, at once or where the answer is waited for."""
+
+        def answer():
+            raise ValueError(f"cannot read {words!r}")
+
+        return answer if deferred else answer()
+
+    def warm_up(self):
+        raise ValueError("no kernel image is available")
 
     def die(self, rank, number=signal.SIGKILL):
         if self.birth.rank == rank:

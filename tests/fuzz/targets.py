@@ -10,14 +10,17 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
 
 import tiny_encoders
+import tiny_tasks
 from draw import Draw
 from PIL import Image
+from tiny_tasks import arguments, inputs, outputs
 
 from backend import journal, spans
 from backend.config import EngineConfig
@@ -26,9 +29,10 @@ from backend.generation.parameter import PARAMETERS
 from backend.generation.params import Defaults
 from backend.generation.request import Request
 from backend.generation.tokenizer import Tokenizer
+from backend.tasks import TASKS as tasks_there
 from backend.tasks import find
 from backend.tasks.pictures import read
-from client import classify, embed, errors, fill_mask, qa, rerank, text_to_image, token_classification
+from client import errors
 from client.errors import Error
 from client.generate import questions as generate_questions
 from client.generate import rows
@@ -37,17 +41,9 @@ from client.transport import Response
 
 ROOT = Path(__file__).parents[2]
 Target = Callable[[bytes], None]
-SEQUENCE = tiny_encoders.SEQUENCE
-AUTO = {
-    "embed": ("AutoModel", {}),
-    "classify": (SEQUENCE, {"num_labels": 3}),
-    "rerank": (SEQUENCE, {"num_labels": 1}),
-    "token_classification": ("AutoModelForTokenClassification", {}),
-    "fill_mask": ("AutoModelForMaskedLM", {}),
-    "qa": ("AutoModelForQuestionAnswering", {}),
-}
-TASKS = [*AUTO, "zero_shot_image", "text_to_image"]
-INPUT = re.compile(r'name: "(\w+)" data_type: TYPE_(\w+) dims: \[ (-?1) \]')
+TASKS = [*tasks_there]
+MORE: dict[str, dict] = {"qa": {"top_k": 2}, "text_to_image": {"options": {"format": "raw"}}}
+"""What a call of the client is given besides what it must have."""
 NAMES = [*dict.fromkeys(name for each in PARAMETERS for name in (each.name, *each.aliases)), "traceparent", "x"]
 
 
@@ -57,13 +53,6 @@ def fair(message: str, most: int = 2000) -> None:
 
 
 # ---- rows
-
-
-@cache
-def inputs(task: str) -> list[tuple[str, str, str]]:
-    """Name, type and dims of what config.pbtxt lets through."""
-    text = (ROOT / "model_repository" / task / "config.pbtxt").read_text().split("output [")[0]
-    return INPUT.findall(text)
 
 
 def value(draw: Draw, name: str, kind: str):
@@ -106,7 +95,7 @@ def tasks(name: str, folder: Path) -> Target:
     """Rows of a task, parsed and prepared."""
     config = EngineConfig(model=str(folder), device="cpu", max_prompt_bytes=200, max_pixels=1 << 12, step_tokens=64)
     if not any(folder.iterdir()):
-        write(name, folder)
+        tiny_tasks.write(name, folder)
     task = find(name)(folder, config)
     image = "image" in name
     if image:
@@ -125,20 +114,6 @@ def tasks(name: str, folder: Path) -> Target:
         task.batch(pieces)
 
     return target
-
-
-def write(name: str, folder: Path) -> Path:
-    """A tiny model for a task."""
-    if name == "text_to_image":
-        import tiny_diffusion
-
-        return tiny_diffusion.save("sd", folder)
-    if name == "zero_shot_image":
-        import tiny_clip
-
-        return tiny_clip.write_clip(folder)
-    auto, config = AUTO[name]
-    return tiny_encoders.write(folder, "bert", auto, **config)
 
 
 # ---- generate
@@ -226,25 +201,19 @@ FITTING = {"FP32": b"\0\0\0\x3f", "INT32": bytes(4), "UINT64": bytes(8), "BOOL":
 
 def answers(_: Path) -> Target:
     """What a server may send, as protobuf or drawn, to each task's part of the client."""
-    calls = {
-        "text_output index finish_reason logprobs num_input_tokens": generate_questions("a", {}),
-        "embedding": embed.questions("a"),
-        "label score": classify.questions("a"),
-        "index score": rerank.questions("a", ["b"]),
-        "token score token_str sequence": fill_mask.questions("a"),
-        "answer score start end": qa.questions("a", "b", top_k=2),
-        "entity score word start end": token_classification.questions("a"),
-        "image seed height width nsfw_content_detected": text_to_image.questions("a", {"format": "raw"}),
-    }
+    calls = {name: import_module(f"client.{name}").questions(*arguments(name), **MORE.get(name, {})) for name in TASKS}
+    names = {name: outputs(name) for name in TASKS}
+    calls["generate"] = generate_questions("a", {})
+    names["generate"] = ["text_output", "index", "finish_reason", "logprobs", "num_input_tokens"]
 
     def target(data: bytes) -> None:
         draw = Draw(data)
-        names = draw.one([*calls])
+        task = draw.one([*calls])
         try:
-            found = decode(_response(draw, names.split()))
-            if "text_output" in names:
+            found = decode(_response(draw, names[task]))
+            if task == "generate":
                 rows(found)
-            calls[names].read([[found] * (1 + draw.below(2))])
+            calls[task].read([[found] * (1 + draw.below(2))])
         except Error as error:
             str(error)
 
@@ -291,7 +260,7 @@ def headers(_: Path) -> Target:
         line = json.dumps(journal._line(entry, ValueError(draw.text()) if draw.yes() else None, entry.begun))
         assert "\n" not in line and len(line) < 1000
         trace = draw.rest().decode("utf-8", "replace")
-        for span in spans.spans_of(trace, entry, 1.0):
+        for span in spans.spans_of(trace, entry, 1.0, spans.Told()):
             assert re.fullmatch("[0-9a-f]{32}", span["traceId"]) and re.fullmatch("[0-9a-f]{16}", span["parentSpanId"])
 
     return target

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from draw import Draw
-from targets import CHATML, Target, tiny_encoders  # first: it makes the rest importable
+from targets import CHATML, TASKS, Target, tiny_encoders  # first: it makes the rest importable
 
 from backend import encoders, families, fit
 from backend.config import EngineConfig
@@ -142,7 +142,7 @@ def encoder(folder: Path) -> Target:
         draw = Draw(data)
         put(folder / "config.json", draw.changed(BERT, KEYS))
         put(folder / "tokenizer_config.json", draw.changed(stated, ["model_max_length"]))
-        name = draw.one(["classify", "rerank", "embed", "token_classification", "fill_mask", "qa", "zero_shot_image"])
+        name = draw.one([name for name in TASKS if name != "text_to_image"])
         config = replace(CONFIG, tensor_parallel=1 + draw.below(3), max_model_len=draw.below(3) * 8)
         allowed(lambda: find(name)(folder, config), partial(_head, folder, config))
 

@@ -17,7 +17,8 @@ from backend.tasks.pictures import read
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from targets import INPUT, ROOT, TASKS, fair, write
+from targets import ROOT, TASKS, fair
+from tiny_tasks import inputs, write
 
 SHORT = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -63,9 +64,8 @@ VALUES = {
 
 def rows_of(task):
     """Rows as `backend.triton.rows` makes them: any of the inputs of config.pbtxt, of their types."""
-    text = (ROOT / "model_repository" / task / "config.pbtxt").read_text().split("output [")[0]
     columns = {}
-    for name, kind, dims in INPUT.findall(text):
+    for name, kind, dims in inputs(task):
         value = st.one_of(TEXT, torn()) if "image" in name else VALUES[kind]
         columns[name] = st.lists(value, max_size=5) if dims == "-1" else value
     assert columns, task

@@ -33,14 +33,15 @@ import shared_memory
 TYPES = {"max_tokens": "i4", "min_tokens": "i4", "n": "i4", "top_k": "i4", "input_ids": "i4", "stop_token_ids": "i4",
          "temperature": "f4", "top_p": "f4", "min_p": "f4", "repetition_penalty": "f4", "frequency_penalty": "f4",
          "presence_penalty": "f4", "seed": "u8", "random_seed": "u8", "min_length": "i4"}  # fmt: skip
+LAUNCHER = ("-m", "backend.server")
 DRAIN, LIMIT = 5, 40
 """Seconds: what requests get at the end, and the outer limit, since 2.51 can hang with an open stream."""
 
 
 @contextmanager
-def running(folder, repository, *arguments):
+def running(folder, repository, *arguments, program=LAUNCHER):
     """A server that is ready; at the end it must stop in order and leave nothing."""
-    server = Served(folder, repository, *arguments)
+    server = Served(folder, repository, *arguments, program=program)
     try:
         yield server.wait()
     finally:
@@ -52,13 +53,13 @@ def running(folder, repository, *arguments):
 class Served:
     """A launcher in a process of its own; everything that descends from it carries `mark` in its environment."""
 
-    def __init__(self, folder, repository, *arguments, run=None):
+    def __init__(self, folder, repository, *arguments, run=None, program=LAUNCHER):
         self.mark, self.folder, self.repository = uuid.uuid4().hex, folder, repository
         self.run = run or folder / "run"
         self.before = shared_memory.names()
         (folder / "tmp").mkdir(parents=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "backend.server", "--port=0", "--http-port=0", "--metrics-port=0",
+            [sys.executable, "-P", *program, "--port=0", "--http-port=0", "--metrics-port=0",
              f"--drain-seconds={DRAIN}", f"--repository={repository}", *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"SERVED": self.mark, "TRITONSPEED_RUN": str(self.run), "TMPDIR": str(folder / "tmp")},
@@ -67,7 +68,7 @@ class Served:
         self.said, self.ready = "", threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=240):
         """Until it serves."""
         end = time.monotonic() + timeout
         while not self.ready.wait(0.1):

@@ -5,7 +5,8 @@ from ipaddress import ip_address
 
 import psutil
 import pytest
-from guests import metrics
+import tiny_diffusion
+from guests import guest, metrics
 from serving import answers, eventually, failure, request
 
 pytestmark = pytest.mark.server
@@ -53,6 +54,21 @@ def test_prompts_reach_neither_logs_nor_metrics(served):
     for written in (logs, served.said):
         assert MARK not in written and "\x1b" not in written
     assert not any(MARK in key for key in metrics(served))
+
+
+def test_a_prompt_too_long_for_an_image_reaches_no_log(served, tmp_path):
+    """Of which diffusers warns, quoting it."""
+    mark = "xqzforged"  # of letters that the model's tokenizer knows
+    folder, long = tiny_diffusion.save("sd", tmp_path / "sd"), " ".join([mark] * 30)
+    with (
+        guest(served, "text_to_image", "draws", folder, device="cpu") as name,
+        served.of("text_to_image", name) as pipe,
+    ):
+        assert pipe(long, negative_prompt=long, num_inference_steps=1)
+    logs = "".join(path.read_text(errors="replace") for path in served.run.glob("*.log"))
+    assert "tritonspeed | draws | ready in" in logs
+    for written in (logs, served.said):
+        assert mark not in re.sub(r"\W", "", written.lower())
 
 
 def test_labels_of_metrics_are_of_the_server_alone(served):

@@ -51,7 +51,7 @@ def test_one_trace_holds_tritons_span_and_ours(tmp_path, tiny, collector):
     repository.write(tmp_path / "repository", "generate", "tiny", {"model": str(tiny), "max_model_len": "512"})
     url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
     with running(tmp_path / "served", tmp_path / "repository", f"--otel={url}") as server:
-        asked = iter([request("tiny", "the secret", max_tokens=4, ignore_eos=True)])
+        asked = iter([request("tiny", "the secret", name="mine", max_tokens=4, ignore_eos=True)])
         headers = [("traceparent", f"00-{TRACE}-b7ad6b7169203331-01")]
         assert answers(server.stub.ModelStreamInfer(asked, timeout=60, metadata=headers))
         spans = eventually(lambda: spans_of(collector.bodies, '"tritonspeed"'), 20)
@@ -60,4 +60,6 @@ def test_one_trace_holds_tritons_span_and_ours(tmp_path, tiny, collector):
     assert {span["traceId"].lower() for span in [*spans, *theirs]} == {TRACE}
     assert {span["parentSpanId"] for span in spans} <= {span["spanId"].lower() for span in theirs}
     assert all(one["endTimeUnixNano"] == other["startTimeUnixNano"] for one, other in pairwise(spans))
+    named = [{each["key"]: each["value"]["stringValue"] for each in span["attributes"]} for span in spans]
+    assert named == [{"model": "tiny", "request_id": "mine"}] * 4
     assert not any(b"secret" in body for body in collector.bodies)

@@ -136,8 +136,8 @@ class Diffusion:
             ] * count
 
     def _share_guidance(self, count: int) -> bool:
-        """Whether the ranks, too many for an image each, divide the doubled batch of guidance evenly."""
-        return count < self._world and 2 * count % self._world == 0
+        """Whether there is a rank for each row of guidance's doubled batch."""
+        return 2 * count <= self._world
 
     def _draw(self, batch: Batch, own: range, count: int, shared: bool = False) -> Answer | Callable[[], Answer]:
         """Draw the images `own` of `count`; on CUDA the answer is one to wait for, while the next batch may begin."""

@@ -1,7 +1,7 @@
 """Classifier-free guidance over several ranks: each denoises some rows of the doubled batch. It knows no pipeline.
 
 Guidance runs the denoiser on every image twice, with the prompt and without (Ho and Salimans 2022). Those rows do not
-see each other, so the ranks compute equal parts of them and gather the result; all else is computed by all.
+see each other, so each rank computes one of them, and all gather the result; all else is computed by all.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from backend.compute.tensor_parallel import all_gather
 
 @contextmanager
 def shared_guidance(denoiser: nn.Module, rows: int, rank: int, world: int) -> Iterator[None]:
-    """Within it, a call of the denoiser on `rows` rows computes `rows / world` of them here; all ranks call alike.
+    """Within it, a call of the denoiser on `rows` rows computes one of them here; all ranks call alike.
 
-    A call on another number of rows (no guidance) is computed whole by every rank.
+    Where there are more ranks than rows the later ones compute the same again: what waits for it would be as long. A
+    call on another number of rows (no guidance) is computed whole by every rank.
     """
     whole = denoiser.forward
-    share = rows // world
-    own = slice(rank * share, (rank + 1) * share)
+    own = slice(rank % rows, rank % rows + 1)
 
     def forward(*values: Any, **named: Any) -> Any:
         if batch_size(values, named) != rows:
             return whole(*values, **named)
         found = whole(*cut(values, rows, own), **cut(named, rows, own))
-        return (all_gather(found[0].contiguous(), world).flatten(0, 1), *found[1:])
+        return (all_gather(found[0].contiguous(), world)[:rows].flatten(0, 1), *found[1:])
 
     denoiser.forward = forward
     try:

@@ -32,7 +32,10 @@ def dtype_of(config: EngineConfig) -> torch.dtype:
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
-    """The folder's pipeline on the host: safetensors alone, nothing fetched, no code of its own. LoadError: why not."""
+    """The folder's pipeline on the host: safetensors alone, nothing fetched, no code of its own. LoadError: why not.
+
+    From here on diffusers logs errors alone in this process.
+    """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
     from transformers.utils import logging as loading
@@ -46,6 +49,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     except (OSError, ValueError) as error:
         raise LoadError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:500]}") from None
     pipeline.set_progress_bar_config(disable=True)
+    logging.set_verbosity_error()  # the warning that a prompt is cut quotes it
     return pipeline
 
 

@@ -12,7 +12,9 @@ TASK = "fill_mask"
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.service = Service(TASK, EngineConfig.from_triton(args), reporter(args["model_name"]))
+        self.service = Service(
+            TASK, EngineConfig.from_triton(args), reporter(args["model_name"]), model=args["model_name"]
+        )
         self.service.start()
         self.exporter = Exporter(args, self.service.tally, self.service.close)
 

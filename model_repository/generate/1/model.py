@@ -7,7 +7,7 @@ from backend.triton import Asked, Exporter, reporter
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.service = Service(EngineConfig.from_triton(args), reporter(args["model_name"]))
+        self.service = Service(EngineConfig.from_triton(args), reporter(args["model_name"]), model=args["model_name"])
         self.service.start()
         self.exporter = Exporter(args, self.service.tally, self.service.close)
 

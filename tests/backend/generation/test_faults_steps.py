@@ -58,7 +58,7 @@ def test_ranks_reach_each_other_over_loopback_alone(engine):
 
 @pytest.mark.parametrize(
     ("token", "reason"),
-    [(RAISES, "rank 1: ValueError: only here"), (DIES, "rank 1 was killed by SIGKILL")],
+    [(RAISES, "rank 1: ValueError at fakes/failing_decoder.py:"), (DIES, "rank 1 was killed by SIGKILL")],
 )
 def test_one_rank_fails_and_the_other_waits_in_an_all_reduce(engine, token, reason):
     before, pids = tokens(engine, 5, 6, 7), ranks()

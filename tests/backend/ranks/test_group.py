@@ -1,6 +1,7 @@
 """The rank group against a worker without a model: answers, order, deaths, time limits, and that nothing is left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,8 +103,49 @@ def test_an_exit_status_is_named(group):
 
 
 def test_one_rank_that_raises_fails_the_call_though_the_others_are_busy(group):
-    with pytest.raises(EngineDown, match="rank 1: ValueError: it broke"):
+    with pytest.raises(EngineDown, match=r"rank 1: ValueError at fakes/toy_worker\.py:\d+ fail < "):
         group.call("fail", 1, "ValueError")
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_an_unexpected_failure_is_told_by_class_and_place_alone(deferred, capfd):
+    """Its message may quote a prompt; stderr is the server's log. docs/faults.md, 27."""
+    group = make(1)  # with this test's stderr
+    group.start()
+    try:
+        with pytest.raises(EngineDown) as raised:
+            group.call("quote", "secretprompt", deferred)
+    finally:
+        group.close()
+    said = capfd.readouterr()
+    for told in (str(raised.value), said.err):
+        assert re.search(r"ValueError at fakes/toy_worker\.py:\d+ answer", told)
+    assert "secretprompt" not in f"{raised.value}{said.out}{said.err}"
+
+
+def test_an_error_of_ours_keeps_its_message():
+    group = make(1)
+    group.start()
+    try:
+        with pytest.raises(EngineDown, match="rank 0: it broke"):
+            group.call("fail", 0, "InvalidInput")
+    finally:
+        group.close()
+
+
+def test_what_fails_at_the_start_keeps_its_message(capfd):
+    """Nobody has asked for anything yet."""
+    group = make(1, model="unreadable")
+    with pytest.raises(EngineDown, match="rank 0: ValueError: a header too large"):
+        group.start()
+    group = make(1)
+    group.start()
+    try:
+        with pytest.raises(EngineDown, match="rank 0: ValueError: no kernel image is available"):
+            group.call("warm_up")
+    finally:
+        group.close()
+    assert capfd.readouterr().err.count("Traceback") == 2
 
 
 def test_a_death_while_idle_is_noticed(group):

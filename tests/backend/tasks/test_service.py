@@ -199,7 +199,11 @@ def test_an_answer_that_cannot_be_sent_becomes_an_error(service):
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("raise", r"ValueError at fakes/toy_task\.py:\d+ forward"), ("die", "exit status 3"), ("hang", "not answered for 0.5 s")],
+    [
+        ("raise", r"ValueError at fakes/toy_task\.py:\d+ forward"),
+        ("die", "exit status 3"),
+        ("hang", "not answered for 0.5 s"),
+    ],
 )
 def test_a_failure_of_the_ranks_ends_what_they_had_and_they_serve_again(make, how, words):
     service = make(step_timeout=0.5 if how == "hang" else 20.0, tensor_parallel=2)

@@ -77,7 +77,7 @@ def test_it_loads_nothing_heavy():
         ({"num_inference_steps": 0}, "num_inference_steps"), ({"num_inference_steps": 201}, r"200 \(max_steps\)"),
         ({"guidance_scale": float("nan")}, "guidance_scale"), ({"guidance_scale": float("inf")}, "guidance_scale"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
-        ({"height": 512}, "height and width"), ({"width": 512}, "height and width"),
+        ({"height": 2**20}, r"pixels.*\(max_pixels\)"), ({"width": 12}, "width must be a multiple of 8"),
         ({"height": 500, "width": 512}, "height must be a multiple of 8"), ({"height": 0, "width": 8}, "height"),
         ({"height": -8, "width": -8}, "height"), ({"height": 4096, "width": 1032}, r"4227072 pixels.*\(max_pixels\)"),
         ({"height": 2**31 - 8, "width": 2**31 - 8}, "limit"),
@@ -95,6 +95,17 @@ def test_it_loads_nothing_heavy():
 def test_bad_values_are_named(task, given, named):
     with pytest.raises(InvalidInput, match=named):
         task.parse(row(**given))
+
+
+def test_of_one_side_the_other_is_the_models_own(task):
+    _, found = pieces(task, row(height=64), row(width=task.folder.side, height=64), row(width=64), row())
+    sizes = [{name: dict(piece.settings).get(name) for name in ("height", "width")} for piece in found]
+    side = task.folder.side
+    assert sizes == [
+        {"height": 64, "width": side}, {"height": 64, "width": side}, {"height": side, "width": 64},
+        {"height": None, "width": None},
+    ]  # fmt: skip
+    assert task.cut(found) == [[0, 1], [2], [3]]
 
 
 def test_a_prompt_is_needed(task):
