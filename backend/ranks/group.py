@@ -31,6 +31,8 @@ Report = Callable[[str], None]
 
 GLANCE = 0.05
 """Seconds that are waited for a sign of life, which takes less than one thousandth of that."""
+MOMENT = 0.3
+"""Seconds within which a rank whose sockets are closed is gone."""
 SLICE = 0.5
 """Seconds of waiting for an answer after which the owner may look after other things."""
 LAST_GLANCE = 1.0
@@ -186,9 +188,21 @@ class RankGroup:
         elif kind == PONG:
             self._pulse.answer(member.rank)
         elif kind == "error":
-            raise _raised(member.rank, *value)
+            own = _raised(member.rank, *value)
+            raise own if isinstance(own, LoadError) else self._cause(member) or own
         else:
             answers[member.rank] = value
+
+    def _cause(self, failed: _Member) -> EngineDown | None:
+        """The end of another rank, if there was one: a sum with it fails here a moment before its process is gone."""
+        others = [member for member in self._members if member is not failed]
+        end = time.monotonic() + MOMENT
+        while others and time.monotonic() < end:
+            for member in others:
+                if member.process.poll() is not None:
+                    return _died(member)
+            time.sleep(GLANCE)
+        return None
 
 
 def _ready(members: list[_Member], seconds: float) -> list[_Member]:

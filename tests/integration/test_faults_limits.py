@@ -150,7 +150,7 @@ PAST = [
     ({"height": 0, "width": 0}, "at least 1"),
     ({"height": -8, "width": 32}, "at least 1"),
     ({"height": 2**31 - 8, "width": 2**31 - 8}, "the limit is 1024"),
-    ({"height": 32}, "together"),
+    ({"height": 40}, "1280 pixels, the limit is 1024"),
 ]
 
 
