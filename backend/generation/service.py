@@ -27,8 +27,9 @@ SENDERS = 2
 """A send waits for Triton with the interpreter free for others; one thread reaches RESPONSES, a second shortens bursts.
 More of them only cost: on 2 cores 35 to 45 µs a token with one, 45 to 50 with two or four, at the same rate."""
 TOKENISERS = 8
-RESPONSES = 4000.0
-"""Responses a second, over all streams: sends cost 100 to 300 µs each, and share the interpreter with the engine."""
+RESPONSES = 6000.0
+"""Responses a second, over all streams: sends cost 100 to 300 µs each, and share the interpreter with the engine. With
+4,000 of them 25 streams missed every other step of 6 ms; 6,000 cost no tokens at 256 streams."""
 CANCEL_POLL = 0.1
 CANCEL_COST = 0.002
 """Seconds between two questions to the same caller whether it is still there, and at least between any two: each costs

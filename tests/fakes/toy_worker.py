@@ -43,6 +43,13 @@ class Toy:
             os.kill(os.getpid(), number)
         time.sleep(30)
 
+    def die_later(self, rank, seconds):
+        """The others fail at once, as a sum with one that is dying does."""
+        if self.birth.rank != rank:
+            raise ValueError("connection closed by peer")
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def leave(self, rank):
         if self.birth.rank == rank:
             os._exit(3)

@@ -107,6 +107,16 @@ def test_one_rank_that_raises_fails_the_call_though_the_others_are_busy(group):
         group.call("fail", 1, "ValueError")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "reason"),
+    [(0.1, "rank 1 was killed by SIGKILL"), (30, r"rank 0: ValueError at fakes/toy_worker\.py")],
+    ids=["soon", "no time soon"],
+)
+def test_a_rank_that_dies_is_the_reason_for_what_fails_on_the_other(group, seconds, reason):
+    with pytest.raises(EngineDown, match=reason):
+        group.call("die_later", 1, seconds)
+
+
 @pytest.mark.parametrize("deferred", [False, True])
 def test_an_unexpected_failure_is_told_by_class_and_place_alone(deferred, capfd):
     """Its message may quote a prompt; stderr is the server's log. docs/faults.md, 27."""
