@@ -46,21 +46,9 @@ def packed_vector_kernel(
         if ACTIVATION != "":
             more_q = _words(codes, outputs, outputs, start, WIDTH // PER, ROWS, WORDS, EVEN, LEVELS)
             more_each, more_low = _scales(
-                scale,
-                offset,
-                outputs,
-                outputs,
-                start * PER,
-                WIDTH,
-                GROUP,
-                ROWS,
-                WORDS // 4,
-                PER,
-                EVEN,
-                DIVIDES,
-                ROUGH,
-                LATE,
-            )
+                scale, offset, outputs, outputs, start * PER,
+                WIDTH, GROUP, ROWS, WORDS // 4, PER, EVEN, DIVIDES, ROUGH, LATE,
+            )  # fmt: skip
         if STAGES == 1:
             tl.debug_barrier()  # which no load passes: compilers would have the weights' wait for the inputs'
         x0, x1, x2, x3 = _inputs(x, start * PER, WIDTH, WORDS // 4, PER, EVEN)
