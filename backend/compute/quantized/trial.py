@@ -7,13 +7,14 @@ for one weight of each form. It knows neither models nor kernels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import inf, isfinite
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from backend.compute.proof import allow, distance
 from backend.compute.quantized.packed import Packed
 from backend.compute.quantized.product import product
-from backend.errors import LoadError
 
 TOKENS = (1, 5, 16, 24, 48, 128, 200)
 """Some of every size for which products are cut into other programs (dense/packed_shape.py)."""
@@ -40,27 +41,19 @@ def tried(weights: Iterable[Packed]) -> None:
     """LoadError where a product differs."""
     for weight in weights:
         for tokens in TOKENS:
-            found = _difference(weight, tokens)
-            if not found <= ALLOWED[weight.dtype]:
-                raise LoadError(
-                    f"quantization: a product of {tokens} tokens with {weight.scheme.kind} weights "
-                    f"{list(weight.shape)} differs from the plain computation by {found:.3g} of its largest value, "
-                    f"{ALLOWED[weight.dtype]:g} are allowed; serve the model without quantization"
-                )
+            what = f"a product of {tokens} tokens with {weight.scheme.kind} weights {list(weight.shape)}"
+            allow("quantization", _difference(weight, tokens), ALLOWED[weight.dtype], what, "its largest value")
 
 
 def _difference(weight: Packed, tokens: int) -> float:
+    """Infinite for what is no number."""
     rows, width = weight.shape
     generator = torch.Generator(weight.device).manual_seed(tokens)
     x = torch.randn(tokens, width, generator=generator, device=weight.device).to(weight.dtype)
-    found, worst = product(x, weight, None), 0.0
-    for start in {0, max(0, rows - ROWS)}:
-        part = weight.rows(start, min(start + ROWS, rows))
-        worst = max(worst, _off(found[:, start : start + ROWS], x.float() @ part.full().float().t()))
-    return worst
-
-
-def _off(found: Tensor, want: Tensor) -> float:
-    """Infinite for what is no number."""
-    error = (found.float() - want).abs().max() / want.abs().max().clamp(min=1e-12)
-    return float(error) if bool(error.isfinite()) else float("inf")
+    ends = ((0, min(ROWS, rows)), (max(0, rows - ROWS), rows))
+    found = product(x, weight, None)
+    off = distance(
+        torch.cat([found[:, start:stop] for start, stop in ends], 1),
+        x.float() @ torch.cat([weight.rows(*each).full() for each in ends]).float().t(),
+    )
+    return off if isfinite(off) else inf
