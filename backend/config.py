@@ -82,6 +82,9 @@ class EngineConfig:
     cuda_graphs: bool = True
     compile: bool = True
     """Whether image models are compiled on CUDA as they load: a minute or two the first time, seconds once cached."""
+    split_denoiser: bool = False
+    """Whether the ranks of an image model have a part of the denoiser's blocks each and draw every image together, for
+    one that is too large for a device; false: each has it whole and draws images of its own, which is faster."""
     fused_kernels: bool = True
     """Whether decoder layers of known structure are computed by fused kernels, and texts of encoders without padding
     (CUDA); each is tried at load."""

@@ -164,7 +164,8 @@ class TextToImage:
 
     def _together(self, piece: Picture) -> int:
         most = self.config.max_pixels // self._pixels(dict(piece.settings))
-        return max(1, min(most, self.config.max_images)) * self.config.tensor_parallel
+        ranks = 1 if self.config.split_denoiser else self.config.tensor_parallel
+        return max(1, min(most, self.config.max_images)) * ranks
 
     def _pixels(self, given: dict[str, Any]) -> int:
         """Of one image; a side that is not given is the model's own."""

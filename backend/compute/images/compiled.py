@@ -30,11 +30,13 @@ FUSED = {
 """What diffusers calls fused projections, and what they are made of."""
 
 
-def compiled(pipeline: Any, say: Callable[[str], None]) -> list[Compiled]:
+def compiled(pipeline: Any, say: Callable[[str], None], with_denoiser: bool = True) -> list[Compiled]:
     """Have the models that take the time compiled, once they are called."""
-    denoiser = denoiser_of(pipeline)
+    decoder, denoiser = Compiled(pipeline.vae.decoder, "decoder", say), denoiser_of(pipeline)
+    if not with_denoiser:  # DeepSpeed's layers meet the other ranks, which a compiler does not see through
+        return [decoder]
     fuse(denoiser)
-    return [Compiled(denoiser, "denoiser", say), Compiled(pipeline.vae.decoder, "decoder", say)]
+    return [Compiled(denoiser, "denoiser", say), decoder]
 
 
 def fuse(denoiser: Any) -> None:

@@ -1,6 +1,7 @@
 """Diffusion: a rank's worker for images; it calls a diffusers pipeline as it is. It does not know requests or files.
 
-Several ranks share the images of a batch; images too few for that share the two halves of classifier-free guidance.
+Several ranks share the images of a batch; images too few for that share the two halves of classifier-free guidance. Or,
+by `split_denoiser`, each has its part of the denoiser's blocks, and all draw every image together.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from backend.compute.images.graphs import ForwardGraphs, keep_steps_on_host
 from backend.compute.images.guidance import shared_guidance
 from backend.compute.images.pipeline import denoiser_of, dtype_of, inpainting, load, place, text_encoders
 from backend.compute.images.prompts import embedded, split_text_encoders, stacked
+from backend.compute.images.split_blocks import split_blocks
 from backend.compute.images.witness import Witness, watching
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
@@ -53,6 +55,11 @@ class Diffusion:
         self._split = self._world > 1 and split_text_encoders(
             self._pipeline, self._rank, self._world, self._device, self._progress
         )
+        self._together = self._world == 1 or birth.config.split_denoiser
+        if self._world > 1 and self._together:
+            split_blocks(denoiser_of(self._pipeline), self._world, self._device, self._progress)
+        elif self._world > 1:
+            self._progress("the denoiser is whole on every rank: they share images, and the guidance of a single one")
         place(self._pipeline, self._device)
         self._inpainting = inpainting(self._pipeline)
         self._compiled: list[Compiled] = []
@@ -73,11 +80,12 @@ class Diffusion:
 
     def _quicken(self, config: EngineConfig) -> list[Compiled]:
         """What takes time on a GPU: launches, and elementwise kernels that a compiler fuses."""
-        found = compiled(self._pipeline, self._progress) if config.compile else []
+        whole = self._world == 1 or not self._together
+        found = compiled(self._pipeline, self._progress, with_denoiser=whole) if config.compile else []
         if config.cuda_graphs:
             pool = torch.cuda.graph_pool_handle()
-            whole = [] if self._split else text_encoders(self._pipeline).values()
-            for model in (*whole, denoiser_of(self._pipeline)):
+            readers = [] if self._split else text_encoders(self._pipeline).values()
+            for model in (*readers, denoiser_of(self._pipeline)):
                 ForwardGraphs(model, self._device, pool, self._progress)
             keep_steps_on_host(self._pipeline.scheduler)
         return found
@@ -123,8 +131,8 @@ class Diffusion:
         try:
             if self._split:
                 batch = embedded(self._pipeline if batch["images"] is None else self._inpainting, batch)
-            if self._world == 1 or self._share_guidance(count):
-                return self._draw(batch, range(count), count, shared=self._world > 1)
+            if self._together or self._share_guidance(count):
+                return self._draw(batch, range(count), count, shared=not self._together)
             own = range(self._rank, count, self._world)
             return self._draw(part(batch, own), own, count) if own else [None] * count
         except ValueError as error:  # diffusers refuses arguments so; the pipeline goes on

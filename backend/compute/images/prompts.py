@@ -38,7 +38,6 @@ def split_text_encoders(pipeline: Any, rank: int, world: int, device: torch.devi
         split(model, rank, world, device)
         say(f"{name} is split among {world} ranks")
         found = True
-    say("denoiser and decoder are whole on every rank: the ranks share images, and the guidance of a single one")
     return found
 
 

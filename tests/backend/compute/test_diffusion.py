@@ -285,10 +285,10 @@ def test_cuda_graphs_change_pixels_by_rounding_alone(kind, folder):
 
 
 @contextmanager
-def ranks(folder, count):
+def ranks(folder, count, **changes):
     """So many ranks; `told` is what they said."""
     told = []
-    group = RankGroup(settings(folder, tensor_parallel=count), TextToImage.worker, told.append)
+    group = RankGroup(settings(folder, tensor_parallel=count, **changes), TextToImage.worker, told.append)
     group.told = told
     group.start()
     try:
@@ -305,7 +305,7 @@ def pair(folder):
 
 def test_two_ranks_split_the_text_encoder_and_say_what_stays_whole(pair):
     assert any("text_encoder is split among 2 ranks" in line for line in pair.told), pair.told
-    assert any("denoiser and decoder are whole" in line for line in pair.told)
+    assert any("denoiser is whole on every rank" in line for line in pair.told)
 
 
 def test_two_ranks_share_the_images(pair, folder, worker):
@@ -348,3 +348,19 @@ def shared(group, worker, guidance, count=1):
     first, *others = [arrays(rank).astype(int) for rank in group.call("forward", given)]
     assert all(np.array_equal(first, other) for other in others)
     assert np.abs(first - arrays(worker.forward(given))).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd", "sd3", "pixart"])  # attention over texts, joined with them, with their masks
+def test_two_ranks_split_the_denoiser_and_draw_together(kind, folder, worker):
+    with ranks(folder(kind), 2, split_denoiser=True) as group:
+        assert any("of the denoiser are split among 2 ranks" in line for line in group.told), group.told
+        group.call("warm_up")
+        for guidance in (4.0, 1.0):
+            shared(group, worker(kind), guidance, 3)
+
+
+def test_a_denoiser_that_so_many_ranks_cannot_share_is_refused(folder):
+    group = RankGroup(settings(folder("sd"), tensor_parallel=3, split_denoiser=True), TextToImage.worker, print)
+    with pytest.raises(LoadError, match=r"split_denoiser: nothing .* 3 ranks; .*2 attention heads"):
+        group.start()
