@@ -1,8 +1,8 @@
 """Delivery: one request's news on their way to its caller. It knows neither Triton nor which thread it is on.
 
 A response costs as much with eight tokens as with one, so there is a least interval between two of them: the first goes
-at once, each later one carries all text since, and an end waits for nothing. No clock is needed for that: another token
-comes with the engine's next step.
+at once, each later one carries all text since, and an end waits for nothing. News that come too early go when they are
+due, not with the next step's: a step with prompts may take twice as long as the one before it.
 """
 
 from __future__ import annotations
@@ -38,24 +38,41 @@ class Delivery:
     """Set before the first turn."""
 
     def __init__(
-        self, request: Request, asked: Streaming, outbox: Callable[[Delivery], None], entry: Entry | None = None
+        self,
+        request: Request,
+        asked: Streaming,
+        outbox: Callable[[Delivery], None],
+        later: Callable[[Delivery], None],
+        entry: Entry | None = None,
     ) -> None:
-        self._request, self._asked, self._outbox = request, asked, outbox
+        """`outbox` takes those that have something to send, `later` those that shall `wake` when they are `due`."""
+        self._request, self._asked, self._outbox, self._later = request, asked, outbox, later
         self._entry = entry
         self._turn = threading.Lock()
         self._turn.acquire()
         self._asking = False  # Triton must not be asked about a request that is over: so only with the turn
         self._ended = False  # a sequence has, or all have, since the last look
-        self._due = 0.0 if request.options.stream else inf  # before that, only an end is worth a look
+        self.due = 0.0 if request.options.stream else inf  # before that, only an end is worth a look
         self._news = 0.0  # when the last news came that was worth one
+        self._waits = False  # to be woken
 
     def notify(self, ended: bool) -> None:
         """Engine's thread: there is news."""
         if ended:
             self._ended = True
         now = time.monotonic()
-        if ended or now >= self._due:
+        if ended or now >= self.due:
             self._news = now
+            self._queue()
+        elif not self._waits and self.due < inf:
+            self._waits = True
+            self._later(self)
+
+    def wake(self) -> None:
+        """Any thread, once they are due: have news sent that came too early."""
+        self._waits = False  # first, so that none which come now are left behind
+        if self._overdue():
+            self._news = time.monotonic()
             self._queue()
 
     def look(self) -> None:
@@ -99,7 +116,7 @@ class Delivery:
             self._asked.answer(outputs) if outputs else self._asked.end()
         elif outputs:
             self._asked.send(outputs)
-            self._due = max(self._news + interval, time.monotonic() + interval / 2)
+            self.due = max(self._news + interval, time.monotonic() + interval / 2)
         return over
 
     def _taken(self) -> list[Delta]:
@@ -121,7 +138,7 @@ class Delivery:
             self._entry.close(error)
 
     def _overdue(self) -> bool:
-        return self.stream.waiting and (self._ended or time.monotonic() >= self._due)
+        return self.stream.waiting and (self._ended or time.monotonic() >= self.due)
 
     def _queue(self) -> None:
         if self._turn.acquire(blocking=False):

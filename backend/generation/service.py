@@ -47,9 +47,10 @@ class Service:
         self._journal = Journal(report, config.journal, model)
         self._tokenising = ThreadPoolExecutor(TOKENISERS, "tokeniser")
         self._outbox: SimpleQueue[Delivery | None] = SimpleQueue()
+        self._later: SimpleQueue[Delivery | None] = SimpleQueue()
         self._open: dict[Delivery, None] = {}
         self._closing = threading.Event()
-        works = [self._send] * SENDERS + [self._watch]
+        works = [self._send] * SENDERS + [self._wake, self._watch]
         self._threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in works]
 
     def start(self) -> None:
@@ -96,6 +97,7 @@ class Service:
         while self._open and time.monotonic() < deadline:
             time.sleep(0.01)
         self._closing.set()
+        self._later.put(None)
         for _ in range(SENDERS):
             self._outbox.put(None)
         for thread in self._threads:
@@ -106,7 +108,7 @@ class Service:
         """A tokeniser's thread: from values to a request that runs."""
         try:
             request = Request.parse(rows, parameters, self.engine)
-            delivery = Delivery(request, asked, self._outbox.put, entry)
+            delivery = Delivery(request, asked, self._outbox.put, self._later.put, entry)
             entry.add("tokens_in", sum(len(prompt.token_ids) for prompt in request.prompts))
             delivery.stream = self.engine.open(request.prompts, delivery.notify)
         except Exception as error:
@@ -122,6 +124,12 @@ class Service:
             if delivery.send(len(self._open) / RESPONSES):
                 del self._open[delivery]
                 self.engine.leave(delivery.stream)
+
+    def _wake(self) -> None:
+        """The thread that has news sent which came before their time. All wait equally long, so they are in order."""
+        while (delivery := self._later.get()) is not None:
+            time.sleep(max(0.0, delivery.due - time.monotonic()))
+            delivery.wake()
 
     def _watch(self) -> None:
         """The thread that asks callers whether they are still there, one after the other."""

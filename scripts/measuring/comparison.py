@@ -142,7 +142,8 @@ class Comparison:
         for workload in self._workloads:
             if any(each.at for each in workload.lengths):
                 continue
-            result = measured(server.port, workload)
+            rounds = self._rounds[workload.name, "server"]
+            result = measured(server.port, workload, statistics.median(each["req/s"] for each in rounds))
             self._record(workload, "perf_analyzer", result)
             shown = ", ".join(f"{name} {value:,.1f}" for name, value in result.items())
             print(f"perf_analyzer, {workload.name}: {shown} (times in ms)", flush=True)

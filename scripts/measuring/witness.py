@@ -18,6 +18,8 @@ from measuring.workloads import Workload
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 64
 """Prompts in the input file."""
+SECONDS = 10
+"""What it measures takes about so long: it counts in windows of a second and more."""
 
 
 def inputs(workload: Workload) -> dict[str, Any]:
@@ -34,13 +36,14 @@ def inputs(workload: Workload) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measured(port: int, workload: Workload) -> dict[str, float]:
-    """Its figures, at as many requests at a time as the workload has clients, or requests."""
+def measured(port: int, workload: Workload, rate: float) -> dict[str, float]:
+    """Its figures, at as many requests at a time as the workload has clients, or requests; `rate` of them a second."""
     streams = workload.clients or len(workload.lengths)
     with tempfile.TemporaryDirectory() as folder:
         data, report = Path(folder) / "inputs.json", Path(folder) / "report.csv"
         data.write_text(json.dumps(inputs(workload)))
-        line = [*_tool(len(workload.lengths), streams), "-u", f"127.0.0.1:{port}", "--input-data", str(data)]
+        requests = max(len(workload.lengths), int(SECONDS * rate))
+        line = [*_tool(requests, streams), "-u", f"127.0.0.1:{port}", "--input-data", str(data)]
         line += ["-f", str(report), "--concurrency-range", str(streams), "--max-threads", "32"]
         done = subprocess.run(
             line, capture_output=True, text=True, check=False, env=os.environ | {"TRITONSPEED_PYTHON": sys.executable}

@@ -2,8 +2,7 @@
 
 One token: packed_vector.py. Up to packed_shape.TILED: packed_matrix.py. More: weights made full, a part at a time, for
 the library's product. From packed_shape.SCALED on, fp8 weights of one scale a row: torch's scaled product, the only way
-that rounds activations, to fp8 with a scale for each token. So that is done to prompts, not in decode steps of fewer
-sequences, where it would make what one gets depend on how many others there are.
+that rounds activations, to fp8 with a scale for each token: done to prompts, and where many sequences decode together.
 Launches depend on shapes alone and read nothing back: CUDA graphs may hold them.
 """
 

@@ -13,8 +13,9 @@ from backend.compute.dense.shape import PROCESSORS, Shape, evenness
 
 TILED = 256
 """Tokens up to which tensor cores that unpack codes themselves beat the library's product of weights made full."""
-SCALED = TILED + 1
-"""Tokens from which fp8 weights meet activations rounded to fp8, where the GPU multiplies them."""
+SCALED = 65
+"""Tokens from which fp8 weights meet activations rounded to fp8, where the GPU multiplies them: below it both ways wait
+for memory alone."""
 GROUPS = (32, 64, 128, 256, 512, 1024)
 """Sizes of groups that kernels take, besides whole rows."""
 

@@ -152,10 +152,12 @@ def test_compiled_on_cuda(kind, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU or none")
-def test_two_gpus_draw_what_one_does(folder):
+@pytest.mark.parametrize("split", [False, True])
+def test_two_gpus_draw_what_one_does(split, folder):
     given = {"device": "cuda", "dtype": "float32"}
     alone = made(folder, **given, compile=False)
-    group = RankGroup(EngineConfig(model=str(folder), tensor_parallel=2, **given), TextToImage.worker, print)
+    config = EngineConfig(model=str(folder), tensor_parallel=2, split_denoiser=split, **given)
+    group = RankGroup(config, TextToImage.worker, print)
     group.start()
     try:
         group.call("warm_up", timeout=300)

@@ -208,19 +208,26 @@ class Pace:
     """A delivery whose request answers with the news themselves."""
 
     def __init__(self, monkeypatch, stream=True):
-        self.now, self.outbox, self.caller = 100.0, [], Caller(5)
+        self.now, self.outbox, self.later, self.caller = 100.0, [], [], Caller(5)
         monkeypatch.setattr(delivery.time, "monotonic", lambda: self.now)
         options = type("Options", (), {"stream": stream})
         request = type(
             "Request", (), {"options": options, "answer": staticmethod(lambda news: {"news": news} if stream else None)}
         )
-        self.delivery = delivery.Delivery(request, self.caller, self.outbox.append)
+        self.delivery = delivery.Delivery(request, self.caller, self.outbox.append, self.later.append)
         self.delivery.stream = self.stream = Mailbox()
         self.delivery.release()
 
     def news(self, item, ended=False):
         self.stream.mail.append(item)
         self.delivery.notify(ended)
+
+    def wake(self):
+        """What the thread that wakes does by now."""
+        due = [each for each in self.later if each.due <= self.now]
+        self.later[:] = [each for each in self.later if each not in due]
+        for each in due:
+            each.wake()
 
     def sent(self):
         """What a sender finds to send now."""
@@ -266,6 +273,41 @@ def test_a_sender_that_is_late_makes_the_caller_miss_no_later_step(monkeypatch):
     assert pace.sent() == [["e", "f"]]
 
 
+def test_news_that_come_too_early_go_when_they_are_due_and_not_with_the_next(monkeypatch):
+    pace = Pace(monkeypatch)
+    pace.news("a")
+    assert pace.sent() == [["a"]]
+    for item in "bc":
+        pace.now += 0.2
+        pace.news(item)
+        assert pace.sent() == [] and len(pace.later) == 1
+    pace.now += 0.1
+    pace.wake()
+    assert pace.later == [] and pace.sent() == [["b", "c"]]
+    pace.now += 0.45  # the interval is from when they went
+    pace.news("d")
+    assert pace.sent() == []
+    pace.now += 0.05
+    pace.wake()
+    assert pace.sent() == [["d"]]
+
+
+def test_who_is_woken_for_news_that_have_gone_sends_nothing(monkeypatch):
+    pace = Pace(monkeypatch)
+    pace.news("a")
+    assert pace.sent() == [["a"]]
+    pace.news("b")
+    pace.news("c", ended=True)
+    assert pace.sent() == [["b", "c"]]
+    pace.now += 1
+    pace.wake()
+    assert pace.outbox == [] and pace.sent() == []
+    pace.news("d")
+    assert pace.sent() == [["d"]]
+    pace.news("e")
+    assert len(pace.later) == 1, "it can be woken again"
+
+
 def test_an_end_waits_for_no_interval_even_if_it_comes_while_sending(monkeypatch):
     pace = Pace(monkeypatch)
     pace.news("a")
@@ -296,6 +338,7 @@ def test_news_of_a_whole_answer_are_looked_at_only_when_something_ends(monkeypat
     pace.news("a")
     pace.news("b")
     assert pace.outbox == []
+    assert pace.later == []
     pace.news("c", ended=True)
     assert len(pace.outbox) == 1
 
