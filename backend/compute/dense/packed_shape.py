@@ -37,6 +37,13 @@ def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
     return Shape(rows, columns, warps=max(1, columns // 128), stages=1)
 
 
+@lru_cache(maxsize=1024)
+def token(outputs: int, width: int) -> int:
+    """Warps of packed_token's programs for 16 rows: the fewer rows, the more share their columns."""
+    warps = 4 if outputs >= 16 * 4 * PROCESSORS else 8
+    return max(1, min(warps, 1 << (width // 256).bit_length() - 1))
+
+
 class Tile(NamedTuple):
     """Programs for several tokens."""
 
