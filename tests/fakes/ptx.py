@@ -1,6 +1,6 @@
 """PTX in OpenAI Triton's interpreter, as far as kernels here use it: words of 32 bits, tensor cores, no control flow.
 
-`played()` lends the interpreter what it lacks. A tensor [..., 32] has its last dimension along a warp's lanes.
+`played()` lends the interpreter what it lacks. Tensors are [threads], 32 to a warp.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def played() -> Iterator[None]:
 def run(asm: str, outputs: int, inputs: list[Any]) -> list[Any]:
     """The outputs' words, of these inputs."""
     shape = np.broadcast_shapes(*(np.shape(each) for each in inputs))
+    assert len(shape) == 1
     known = {f"${outputs + at}": _bits(np.broadcast_to(each, shape)) for at, each in enumerate(inputs)}
     for line in asm.replace("\n", " ").strip().strip("{}").split(";"):
         if (line := line.strip()) and not line.startswith(".reg"):
@@ -111,22 +112,19 @@ _ONE = {
 }
 
 
-def _mma(a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+def _mma(*given: list[Any]) -> list[Any]:
     """d[16, 8] = a[16, 16] @ b[16, 8] + c; which lane has what: PTX ISA, "Matrix Fragments for mma.m16n8k16"."""
-    lane = np.arange(32)
+    a, b, c = ([word.reshape(-1, 32) for word in words] for words in given)
+    lane, warps = np.arange(32), len(a[0])
     row, pair = lane // 4, lane % 4 * 2
-    first, second, third = (
-        np.zeros((*a[0].shape[:-1], 16, 16)),
-        np.zeros((*a[0].shape[:-1], 16, 8)),
-        np.zeros((*a[0].shape[:-1], 16, 8)),
-    )
+    first, second, third = (np.zeros((warps, *sizes)) for sizes in ((16, 16), (16, 8), (16, 8)))
     for at, word in enumerate(a):
         for half, value in enumerate(_floats(word)):
-            first[..., row + at % 2 * 8, pair + half + at // 2 * 8] = value
+            first[:, row + at % 2 * 8, pair + half + at // 2 * 8] = value
     for at, word in enumerate(b):
         for half, value in enumerate(_floats(word)):
-            second[..., pair + half + at * 8, row] = value
+            second[:, pair + half + at * 8, row] = value
     for at, word in enumerate(c):
-        third[..., row + at // 2 * 8, pair + at % 2] = word.view(np.float32)
+        third[:, row + at // 2 * 8, pair + at % 2] = word.view(np.float32)
     found = (first @ second + third).astype(np.float32)
-    return [np.ascontiguousarray(found[..., row + at // 2 * 8, pair + at % 2]).view(np.uint32) for at in range(4)]
+    return [_bits(found[:, row + at // 2 * 8, pair + at % 2]).reshape(-1) for at in range(4)]

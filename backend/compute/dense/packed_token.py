@@ -5,8 +5,9 @@ rows, 16 bytes of each, and unpacks two codes at a time into the last bits of bf
 no conversion. Inputs have no use for the eight columns of a product's other factor but one: so they keep the chunks
 apart, whose groups differ in scale. Sums of the inputs, by ones in place of codes, take away 128 times too much.
 
-Tensors are [warps, 32], a place for each thread, and every step stays within it but for `mma` and the last sums. That
-lanes are where OpenAI Triton puts such tensors has to be so: a trial at load sees whether it is (quantized/trial.py).
+Tensors are [threads], a place for each, and every step stays within it but for `mma` and the last sums. Of one dimension
+they have one layout, the threads in order, or else tensor cores would meet other numbers: a trial at load sees that they
+do not (quantized/trial.py).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -62,10 +63,10 @@ def packed_token_kernel(
     """codes: int32, the bytes four at a time. GROUP and TILE divide the width, CHUNK a group."""
     TILES: tl.constexpr = WIDTH // TILE
     EVEN: tl.constexpr = TILES % WARPS == 0
-    warp = tl.broadcast_to(tl.arange(0, WARPS)[:, None], [WARPS, 32])
-    lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [WARPS, 32])
+    thread = tl.arange(0, WARPS * 32)
+    warp, lane = thread // 32, thread % 32
     row = tl.program_id(0) * ROWS + lane // 4
-    none = tl.zeros([WARPS, 32], tl.float32)
+    none = tl.zeros([WARPS * 32], tl.float32)
     upper, lower, gate_upper, gate_lower, even_square, odd_square = none, none, none, none, none, none
     for start in tl.range(0, TILES, WARPS):
         tile = start + warp
@@ -106,7 +107,7 @@ def packed_token_kernel(
     norm = 1.0
     if gain is not None:  # squares are where a product's row and column are the same
         own = tl.where(lane // 8 == lane % 4, tl.where(lane // 4 % 2 == 0, even_square, odd_square), 0.0)
-        norm = tl.rsqrt(tl.sum(tl.sum(own, 1), 0) / WIDTH + eps)
+        norm = tl.rsqrt(tl.sum(own, 0) / WIDTH + eps)
     _end(result, upper, gate_upper, norm, bias, residual, 0, outputs, ACTIVATION)
     _end(result, lower, gate_lower, norm, bias, residual, 8, outputs, ACTIVATION)
 
@@ -121,8 +122,8 @@ def _end(result, sums, gate_sums, norm, bias, residual, below, outputs, ACTIVATI
 
 @triton.jit
 def _total(sums):
-    """[warps, 32] -> [8]"""
-    return tl.sum(tl.sum(tl.reshape(sums, [sums.shape[0], 8, 4]), 2), 0)
+    """[threads] -> [8]"""
+    return tl.sum(tl.sum(tl.reshape(sums, [sums.shape[0] // 32, 8, 4]), 2), 0)
 
 
 @triton.jit
@@ -136,20 +137,20 @@ def _words(codes, row, tile, lane, outputs, below, WIDTH: tl.constexpr):
 
 @triton.jit
 def _streamed(at):
-    return _split(tl.load(at[:, :, None] + tl.arange(0, 4)[None, None, :], eviction_policy="evict_first"))
+    return _split(tl.load(at[:, None] + tl.arange(0, 4)[None, :], eviction_policy="evict_first"))
 
 
 @triton.jit
 def _four(at, index, live):
     """Four words of inputs, 0 if they are not live."""
-    at = at.to(tl.pointer_type(tl.int32)) + index[:, :, None] + tl.arange(0, 4)[None, None, :]
-    return _split(tl.load(at, mask=live[:, :, None], other=0, eviction_policy="evict_last"))
+    at = at.to(tl.pointer_type(tl.int32)) + index[:, None] + tl.arange(0, 4)[None, :]
+    return _split(tl.load(at, mask=live[:, None], other=0, eviction_policy="evict_last"))
 
 
 @triton.jit
 def _split(words):
-    """[warps, 32, 4] -> four of [warps, 32]"""
-    even, odd = tl.split(tl.reshape(words, [words.shape[0], words.shape[1], 2, 2]))
+    """[threads, 4] -> four of [threads]"""
+    even, odd = tl.split(tl.reshape(words, [words.shape[0], 2, 2]))
     w0, w2 = tl.split(even)
     w1, w3 = tl.split(odd)
     return w0, w1, w2, w3
@@ -182,7 +183,7 @@ def _meant(
 def _scaled(even, odd, even_sum, odd_sum, scale, offset, there, GROUP: tl.constexpr, DIVIDES: tl.constexpr):
     """Of two chunks, which are of one group if that is large."""
     if GROUP == CHUNK:
-        two = there[:, :, None] + tl.arange(0, 2)[None, None, :]
+        two = there[:, None] + tl.arange(0, 2)[None, :]
         each, more_each = tl.split(steps(scale + two, DIVIDES, True))
         found = even * each + odd * more_each
         if offset is not None:
