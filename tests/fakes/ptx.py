@@ -40,7 +40,6 @@ def played() -> Iterator[None]:
 def run(asm: str, outputs: int, inputs: list[Any]) -> list[Any]:
     """The outputs' words, of these inputs."""
     shape = np.broadcast_shapes(*(np.shape(each) for each in inputs))
-    assert len(shape) == 1
     known = {f"${outputs + at}": _bits(np.broadcast_to(each, shape)) for at, each in enumerate(inputs)}
     for line in asm.replace("\n", " ").strip().strip("{}").split(";"):
         if (line := line.strip()) and not line.startswith(".reg"):
@@ -114,6 +113,7 @@ _ONE = {
 
 def _mma(*given: list[Any]) -> list[Any]:
     """d[16, 8] = a[16, 16] @ b[16, 8] + c; which lane has what: PTX ISA, "Matrix Fragments for mma.m16n8k16"."""
+    assert all(word.ndim == 1 for words in given for word in words)
     a, b, c = ([word.reshape(-1, 32) for word in words] for words in given)
     lane, warps = np.arange(32), len(a[0])
     row, pair = lane // 4, lane % 4 * 2

@@ -5,9 +5,9 @@ rows, 16 bytes of each, and unpacks two codes at a time into the last bits of bf
 no conversion. Inputs have no use for the eight columns of a product's other factor but one: so they keep the chunks
 apart, whose groups differ in scale. Sums of the inputs, by ones in place of codes, take away 128 times too much.
 
-Tensors are [threads], a place for each, and every step stays within it but for `mma` and the last sums. Of one dimension
-they have one layout, the threads in order, or else tensor cores would meet other numbers: a trial at load sees that they
-do not (quantized/trial.py).
+Tensors are [threads], a place for each, and every step stays within it but for `mma` and the last sums. Of one
+dimension they have one layout, the threads in order; else tensor cores would meet other numbers. A trial at load sees
+that they do not (quantized/trial.py).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
