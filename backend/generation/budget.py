@@ -9,8 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from backend.generation.stairs import Stairs
-
 FADE = 0.95
 """Weight of each step against the next: the line follows contexts that grow."""
 STRETCH = 1.5
@@ -26,34 +24,26 @@ SAME = 1e-3
 
 
 class Budget:
-    """The line time = fixed + per_token * tokens through the steps lately received, and where it meets the target.
-
-    Or less, where a step of as many tokens is known to take longer.
-    """
+    """The line time = fixed + per_token * tokens through the steps lately received, and where it meets the target."""
 
     def __init__(self, target: float, least: int, most: int, now: Callable[[], float] = time.monotonic) -> None:
         """`target` in seconds, 0: none, always `most`."""
         self._target, self._least, self._most, self._now = target, min(least, most), most, now
-        self._sent: deque[tuple[float, int, int]] = deque()
-        self._stairs, self._beside = Stairs(), 0
+        self._sent: deque[tuple[float, int]] = deque()
         self._last, self._peak = 0.0, 0.0
         self._prompts = self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
-    def sent(self, tokens: int, beside: int = 0) -> None:
-        """A step was sent, with so many tokens of prompts, and so many others."""
+    def sent(self, tokens: int) -> None:
+        """A step was sent, with so many tokens of prompts."""
         if self._target:
-            self._sent.append((self._now(), tokens, beside))
-            self._beside = beside
+            self._sent.append((self._now(), tokens))
 
     def received(self) -> None:
         """The oldest step sent is back. It began when it was sent, or when the one before it was done."""
         if self._target:
             now = self._now()
-            sent, tokens, beside = self._sent.popleft()
-            took = now - max(sent, self._last)
-            self._learn(tokens, took)
-            if tokens:
-                self._stairs.learn(tokens + beside, took)
+            sent, tokens = self._sent.popleft()
+            self._learn(tokens, now - max(sent, self._last))
             self._last = now
 
     def tokens(self, late: bool = False) -> int:
@@ -64,8 +54,7 @@ class Budget:
             return self._least
         fixed, per_token = self._line()
         target = self._target * (STRETCH if late else 1.0)
-        found = int(min(self._most, 2 * self._peak, (target - fixed) / per_token))
-        return max(self._least, self._stairs.lowered(found + self._beside, target) - self._beside)
+        return int(max(self._least, min(self._most, 2 * self._peak, (target - fixed) / per_token)))
 
     def _learn(self, x: int, y: float) -> None:
         if not x and self._x and self._prompts < FEW:

@@ -42,38 +42,39 @@ class Delivery:
         request: Request,
         asked: Streaming,
         outbox: Callable[[Delivery], None],
-        later: Callable[[Delivery], None],
+        later: Callable[[float, Delivery], None],
         entry: Entry | None = None,
     ) -> None:
-        """`outbox` takes those that have something to send, `later` those that shall `wake` when they are `due`."""
+        """`outbox` takes those that have something to send, `later` those that shall `wake` at some time."""
         self._request, self._asked, self._outbox, self._later = request, asked, outbox, later
         self._entry = entry
         self._turn = threading.Lock()
         self._turn.acquire()
         self._asking = False  # Triton must not be asked about a request that is over: so only with the turn
         self._ended = False  # a sequence has, or all have, since the last look
-        self.due = 0.0 if request.options.stream else inf  # before that, only an end is worth a look
+        self._due = 0.0 if request.options.stream else inf  # before that, only an end is worth a look
         self._news = 0.0  # when the last news came that was worth one
-        self._waits = False  # to be woken
+        self._waits = False  # to be woken; set twice by a race, it is woken twice
 
     def notify(self, ended: bool) -> None:
         """Engine's thread: there is news."""
         if ended:
             self._ended = True
         now = time.monotonic()
-        if ended or now >= self.due:
+        if ended or now >= self._due:
             self._news = now
             self._queue()
-        elif not self._waits and self.due < inf:
-            self._waits = True
-            self._later(self)
+        else:
+            self._wait()
 
     def wake(self) -> None:
-        """Any thread, once they are due: have news sent that came too early."""
+        """Any thread, at the time that was asked for: have news sent that came too early."""
         self._waits = False  # first, so that none which come now are left behind
         if self._overdue():
             self._news = time.monotonic()
             self._queue()
+        elif self.stream.waiting:  # others went meanwhile
+            self._wait()
 
     def look(self) -> None:
         """Any thread, now and then: have a sender ask whether the caller has gone, and send what waits for no step."""
@@ -104,6 +105,8 @@ class Delivery:
         self._turn.release()
         if self._overdue():
             self._queue()
+        elif self.stream.waiting:
+            self._wait()
 
     def _send(self, interval: float) -> bool:
         if self._asking:
@@ -116,7 +119,7 @@ class Delivery:
             self._asked.answer(outputs) if outputs else self._asked.end()
         elif outputs:
             self._asked.send(outputs)
-            self.due = max(self._news + interval, time.monotonic() + interval / 2)
+            self._due = max(self._news + interval, time.monotonic() + interval / 2)
         return over
 
     def _taken(self) -> list[Delta]:
@@ -138,7 +141,12 @@ class Delivery:
             self._entry.close(error)
 
     def _overdue(self) -> bool:
-        return self.stream.waiting and (self._ended or time.monotonic() >= self.due)
+        return self.stream.waiting and (self._ended or time.monotonic() >= self._due)
+
+    def _wait(self) -> None:
+        if not self._waits and self._due < inf:
+            self._waits = True
+            self._later(self._due, self)
 
     def _queue(self) -> None:
         if self._turn.acquire(blocking=False):

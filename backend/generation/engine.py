@@ -157,8 +157,7 @@ class Engine:
             if chunks := self._scheduler.schedule():
                 self._group.send("step", plan := pack(chunks, self.config.block_size))
                 self._sent.append(chunks)
-                prompts = prompt_tokens(chunks)
-                self._budget.sent(prompts, len(plan.input_ids) - prompts)
+                self._budget.sent(prompt_tokens(chunks))
                 self._account.sent(chunks, len(plan.input_ids), self._open)
             if len(self._sent) > (depth if chunks else 0):
                 sampled = self._receive()

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from heapq import heappop, heappush
+from itertools import count
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from backend.asked import Streaming
@@ -47,7 +49,7 @@ class Service:
         self._journal = Journal(report, config.journal, model)
         self._tokenising = ThreadPoolExecutor(TOKENISERS, "tokeniser")
         self._outbox: SimpleQueue[Delivery | None] = SimpleQueue()
-        self._later: SimpleQueue[Delivery | None] = SimpleQueue()
+        self._later: SimpleQueue[tuple[float, Delivery] | None] = SimpleQueue()
         self._open: dict[Delivery, None] = {}
         self._closing = threading.Event()
         works = [self._send] * SENDERS + [self._wake, self._watch]
@@ -108,7 +110,7 @@ class Service:
         """A tokeniser's thread: from values to a request that runs."""
         try:
             request = Request.parse(rows, parameters, self.engine)
-            delivery = Delivery(request, asked, self._outbox.put, self._later.put, entry)
+            delivery = Delivery(request, asked, self._outbox.put, lambda *due: self._later.put(due), entry)
             entry.add("tokens_in", sum(len(prompt.token_ids) for prompt in request.prompts))
             delivery.stream = self.engine.open(request.prompts, delivery.notify)
         except Exception as error:
@@ -126,10 +128,19 @@ class Service:
                 self.engine.leave(delivery.stream)
 
     def _wake(self) -> None:
-        """The thread that has news sent which came before their time. All wait equally long, so they are in order."""
-        while (delivery := self._later.get()) is not None:
-            time.sleep(max(0.0, delivery.due - time.monotonic()))
-            delivery.wake()
+        """The thread that has news sent which came before their time."""
+        due: list[tuple[float, int, Delivery]] = []
+        for number in count():
+            try:
+                asked = self._later.get(timeout=max(0.0, due[0][0] - time.monotonic()) if due else None)
+            except Empty:
+                pass
+            else:
+                if asked is None:
+                    return
+                heappush(due, (asked[0], number, asked[1]))
+            while due and due[0][0] <= time.monotonic():
+                heappop(due)[-1].wake()
 
     def _watch(self) -> None:
         """The thread that asks callers whether they are still there, one after the other."""

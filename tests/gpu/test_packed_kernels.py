@@ -252,6 +252,17 @@ def test_the_rules_shapes_can_be_launched(kind: str, tokens: int, outputs: int, 
     assert alone.rows & (alone.rows - 1) == 0 and alone.columns & (alone.columns - 1) == 0
 
 
+@pytest.mark.parametrize("tokens", [2, 16, 64, 128])
+def test_smaller_devices_have_fewer_loads_under_way(tokens: int) -> None:
+    """An L4 or RTX 4090 has 99 KiB of shared memory for a program."""
+    for per, group in ((1, 64), (2, 32)):
+        large, size = packed_shape.matrix(tokens, 4096, 4096, group, per)
+        small, same = packed_shape.matrix(tokens, 4096, 4096, group, per, room=99 << 10)
+        assert same == size and small._replace(stages=large.stages) == large
+        assert 2 <= small.stages <= large.stages
+        assert (small.stages - 1) * small.columns * (small.rows // per + 2 * size) <= 99 << 10
+
+
 def test_tiles_of_float32_inputs_are_small() -> None:
     """Else what one thread holds of them does not fit its registers."""
     for group, tokens in itertools.product((32, 4096), (5, 64, 200)):

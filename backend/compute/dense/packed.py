@@ -1,15 +1,15 @@
 """Products with packed weights on CUDA: which way for how many tokens, and the launches.
 
-One token: packed_token.py, or packed_vector.py where that cannot. Up to packed_shape.TILED: packed_matrix.py. More:
-weights made full, a part at a time, for the library's product. From packed_shape.SCALED on, fp8 weights of one scale a
-row: torch's scaled product, the only way that rounds activations, to fp8 with a scale for each token: done to prompts,
-and where many sequences decode together.
+One token: packed_vector.py. Up to packed_shape.TILED: packed_matrix.py. More: weights made full, a part at a time, for
+the library's product. From packed_shape.SCALED on, fp8 weights of one scale a row: torch's scaled product, the only way
+that rounds activations, to fp8 with a scale for each token: done to prompts, and where many sequences decode together.
 Launches depend on shapes alone and read nothing back: CUDA graphs may hold them.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -22,8 +22,7 @@ from backend.compute.dense.norm import normed
 from backend.compute.dense.packed_codes import LEVELS
 from backend.compute.dense.packed_full import rounded, unpacked
 from backend.compute.dense.packed_matrix import arranged_kernel, packed_matrix_kernel
-from backend.compute.dense.packed_shape import SCALED, TILED, matrix, taken, token, vector
-from backend.compute.dense.packed_token import CHUNK, ROWS, TILE, packed_token_kernel
+from backend.compute.dense.packed_shape import ROOM, SCALED, TILED, matrix, taken, vector
 from backend.compute.dense.packed_vector import packed_vector_kernel
 from backend.compute.dense.shape import Shape
 from backend.compute.dense.small_kernels import join_kernel
@@ -33,8 +32,8 @@ SCRATCH = 128 << 20
 """Bytes of a weight that are made full at a time."""
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in OpenAI Triton's interpreter, which knows no PTX."""
-BFLOAT16_FROM, FP8_FROM = (8, 0), (8, 9)
-"""The compute capabilities that multiply these."""
+FP8_FROM = (8, 9)
+"""The compute capability that multiplies fp8, and for which OpenAI Triton has it at all."""
 
 
 def product(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
@@ -53,50 +52,17 @@ def linear(
     group, per = weight.scheme.columns(width), 8 // weight.scheme.bits
     x = x.contiguous()
     few = len(x) <= TILED and taken(group, width, per) and not scales(x, weight)
-    if len(x) == 1 and few and unpacks_in_pairs(x, weight):
-        count = outputs if activation is None else outputs // 2
-        return by_token(token(count, width), x, weight, bias, residual, norm, activation)
-    if len(x) == 1 and few:
+    if len(x) == 1 and few and (weight.scheme.kind != "fp8" or knows_fp8(x.device) or INTERPRETED):
         shape = vector(outputs if activation is None else outputs // 2, width, activation is not None, per)
         return by_vector(shape, x, weight, bias, residual, norm, activation)
     if few:
-        cut = matrix(len(x), outputs, width, group, per, x.itemsize)
+        cut = matrix(len(x), outputs, width, group, per, x.itemsize, _room(x.device))
         found = by_matrix(*cut, x, weight, bias, residual if activation is None else None, norm)
     else:
         found = many(x if norm is None else normed(x, None, *norm), weight, bias)
     if activation is not None:
         found = gated(found, activation)
     return found if residual is None or found is residual else residual.add_(found)
-
-
-def unpacks_in_pairs(x: Tensor, weight: Packed) -> bool:
-    """Whether it is for packed_token.py."""
-    kind, width = weight.scheme.kind, weight.shape[1]
-    fits = width % TILE.value == 0 and weight.scheme.columns(width) % CHUNK.value == 0
-    return fits and kind == "int4" and x.dtype == torch.bfloat16 and not INTERPRETED and has_bfloat16(x.device)
-
-
-def by_token(
-    warps: int,
-    x: Tensor,
-    weight: Packed,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm: Norm | None,
-    activation: str | None,
-) -> Tensor:
-    """One token of bfloat16 by int4, in programs of so many warps."""
-    _check(x, weight)
-    outputs, width = weight.shape
-    outputs = outputs if activation is None else outputs // 2
-    result = _place(x, outputs, residual)
-    gain, eps = norm or (None, 0.0)
-    packed_token_kernel[(triton.cdiv(outputs, ROWS.value),)](
-        result, x, weight.codes.view(torch.int32), weight.scale, weight.offset, bias, residual, gain, eps, outputs,
-        WIDTH=width, GROUP=weight.scheme.columns(width), WARPS=warps, DIVIDES=weight.divides,
-        ACTIVATION="" if activation is None else known(activation), num_warps=warps,
-    )  # fmt: skip
-    return result
 
 
 def by_vector(
@@ -197,7 +163,10 @@ def _full(weight: Packed, dtype: torch.dtype) -> Tensor:
     """In the scratch: until the next one."""
     outputs, width = weight.shape
     room = _scratch(weight.device, max(SCRATCH, width * dtype.itemsize))
-    return unpacked(weight, room.view(dtype)[: outputs * width].view(outputs, width))
+    place = room.view(dtype)[: outputs * width].view(outputs, width)
+    if weight.scheme.kind == "fp8" and not knows_fp8(weight.device) and not INTERPRETED:
+        return place.copy_(weight.full())
+    return unpacked(weight, place)
 
 
 @lru_cache
@@ -212,18 +181,21 @@ def scales(x: Tensor, weight: Packed) -> bool:
     if len(x) < SCALED:
         return False
     rowwise = weight.scheme.kind == "fp8" and weight.scale.shape[1] == 1 and x.dtype == torch.bfloat16
-    return rowwise and not (weight.shape[0] % 16 or weight.shape[1] % 16) and multiplies_fp8(x.device)
+    return rowwise and not (weight.shape[0] % 16 or weight.shape[1] % 16) and knows_fp8(x.device)
 
 
 @lru_cache
-def has_bfloat16(device: torch.device) -> bool:
-    """On its tensor cores."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BFLOAT16_FROM
-
-
-@lru_cache
-def multiplies_fp8(device: torch.device) -> bool:
+def knows_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_FROM
+
+
+@lru_cache
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory for a program."""
+    if device.type != "cuda":
+        return ROOM
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks this one
+    return int(properties.shared_memory_per_block_optin)
 
 
 def scaled(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

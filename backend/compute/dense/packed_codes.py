@@ -36,20 +36,22 @@ def _converted(code, LEVELS: tl.constexpr):
 def _placed(q, SHIFT: tl.constexpr, LEVELS: tl.constexpr):
     """Nothing is converted. An integer's bits go where 128, 0x4300, has its mantissa, whose last bit is 1; the eighth
     of int8, for which there is no room, chooses whether 128 or 256 is taken away. fp8's bits go where bfloat16 has the
-    same, which makes them less by the difference of the exponents' bias, 2 ** 120 or 0x7B80.
+    same, which makes them less by the difference of the exponents' bias, 2 ** 120 or 0x7B80. All by fma: before sm_90
+    GPUs have nothing else for bfloat16.
     """
     if LEVELS == 16:
-        INT4: tl.constexpr = f"""{{ .reg .b32 w, c; mov.b32 c, 0x43084308; shr.u32 w, $1, {SHIFT};
-            lop3.b32 w, w, 0x000F000F, 0x43004300, 0xEA; sub.bf16x2 $0, w, c; }}"""
+        INT4: tl.constexpr = f"""{{ .reg .b32 w, c, one; mov.b32 c, 0xC308C308; mov.b32 one, 0x3F803F80;
+            shr.u32 w, $1, {SHIFT}; lop3.b32 w, w, 0x000F000F, 0x43004300, 0xEA; fma.rn.bf16x2 $0, w, one, c; }}"""
         return tl.inline_asm_elementwise(INT4, "=r,r", [q], tl.bfloat16, True, 2)
     elif LEVELS == 256:
-        INT8: tl.constexpr = f"""{{ .reg .b32 w, c; shr.u32 w, $1, {SHIFT};
-            lop3.b32 c, w, 0x00800080, 0x43804380, 0x6A; lop3.b32 w, w, 0x007F007F, 0x43004300, 0xEA;
-            sub.bf16x2 $0, w, c; }}"""
+        INT8: tl.constexpr = f"""{{ .reg .b32 w, c, one; mov.b32 one, 0x3F803F80; shr.u32 w, $1, {SHIFT};
+            lop3.b32 c, w, 0x00800080, 0xC380C380, 0x6A; lop3.b32 w, w, 0x007F007F, 0x43004300, 0xEA;
+            fma.rn.bf16x2 $0, w, one, c; }}"""
         return tl.inline_asm_elementwise(INT8, "=r,r", [q], tl.bfloat16, True, 2)
     else:
-        FP8: tl.constexpr = f"""{{ .reg .b32 w, s, c; mov.b32 c, 0x7B807B80; shl.b32 s, $1, {8 - SHIFT};
-            shr.u32 w, s, 4; and.b32 w, w, 0x07F007F0; lop3.b32 w, s, 0x80008000, w, 0xEA; mul.bf16x2 $0, w, c; }}"""
+        FP8: tl.constexpr = f"""{{ .reg .b32 w, s, c, no; mov.b32 c, 0x7B807B80; mov.b32 no, 0x80008000;
+            shl.b32 s, $1, {8 - SHIFT}; shr.u32 w, s, 4; and.b32 w, w, 0x07F007F0;
+            lop3.b32 w, s, 0x80008000, w, 0xEA; fma.rn.bf16x2 $0, w, c, no; }}"""
         return tl.inline_asm_elementwise(FP8, "=r,r", [q], tl.bfloat16, True, 2)
 
 

@@ -16,6 +16,8 @@ TILED = 256
 SCALED = 65
 """Tokens from which fp8 weights meet activations rounded to fp8, where the GPU multiplies them: below it both ways wait
 for memory alone."""
+ROOM = 227 << 10
+"""Bytes of shared memory for a program on an H100 or H200."""
 GROUPS = (32, 64, 128, 256, 512, 1024)
 """Sizes of groups that kernels take, besides whole rows."""
 
@@ -35,13 +37,6 @@ def vector(outputs: int, width: int, gated: bool, per: int) -> Shape:
     while rows > 1 and outputs < rows * 2 * PROCESSORS:
         rows //= 2
     return Shape(rows, columns, warps=max(1, columns // 128), stages=1)
-
-
-@lru_cache(maxsize=1024)
-def token(outputs: int, width: int) -> int:
-    """Warps of packed_token's programs for 16 rows: the fewer rows, the more share their columns."""
-    warps = 4 if outputs >= 16 * 4 * PROCESSORS else 8
-    return max(1, min(warps, 1 << (width // 256).bit_length() - 1))
 
 
 class Tile(NamedTuple):
@@ -76,14 +71,20 @@ EXACT = Tile(64, 64, 2, 2.75)
 
 
 @lru_cache(maxsize=1024)
-def matrix(tokens: int, outputs: int, width: int, group: int, per: int, itemsize: int = 2) -> tuple[Shape, int]:
-    """For 2 tokens and more, and the tokens of a program; splits where there are few programs."""
+def matrix(
+    tokens: int, outputs: int, width: int, group: int, per: int, itemsize: int = 2, room: int = ROOM
+) -> tuple[Shape, int]:
+    """For several tokens, and the tokens of a program; splits where there are few programs.
+
+    `room`: bytes of shared memory that a program may have, of which loads under way take their part.
+    """
     size = next((size for size in (8, 16, 32, 64) if tokens <= size), 128)
     rows, most, stages, wanted = TILES[per, size]
     if itemsize == 4:
         size = min(max(size, 16), 32)
         rows, most, stages, wanted = EXACT
     columns = most if group in GROUPS and group < width else _covering(width, most, least=64)
+    stages = max(1, min(stages, 1 + room // (columns * (rows // per + size * itemsize))))
     programs = -(-outputs // rows) * -(-tokens // size)
     splits = _splits(programs, width // max(512, 2 * columns), least=int(PROCESSORS * wanted))
     return Shape(rows, columns, warps=rows // 16, stages=stages, splits=splits), size

@@ -68,6 +68,11 @@ class Diffusion:
             self._witnesses = self._seen_plain()
             self._compiled = self._quicken(birth.config)
 
+    @property
+    def _apart(self) -> int:
+        """Ranks that draw images of their own."""
+        return 1 if self._together else self._world
+
     def _seen_plain(self) -> list[Witness]:
         """What the models that are about to be replaced answer as they are."""
         models = {"denoiser": denoiser_of(self._pipeline), "decoder": self._pipeline.vae.decoder}
@@ -75,7 +80,7 @@ class Diffusion:
             models |= text_encoders(self._pipeline)
         found = [Witness(model, name) for name, model in models.items()]
         with watching(found):
-            self._try(self._world)
+            self._try(self._apart)
         return found
 
     def _quicken(self, config: EngineConfig) -> list[Compiled]:
@@ -95,7 +100,7 @@ class Diffusion:
 
         Then the output proof of what was put in the models' place.
         """
-        for count in sorted({1, self._world, *([2 * self._world] if self._compiled else [])}):
+        for count in sorted({1, self._apart, *([2 * self._apart] if self._compiled else [])}):
             self._try(count)
             self._progress(f"warm-up: {count} images")
         for each in self._compiled:
@@ -128,16 +133,20 @@ class Diffusion:
     def forward(self, batch: Batch) -> Answer | Callable[[], Answer]:
         """An entry an image; None where another rank has it, the same error for all where the call was refused."""
         count = len(batch["prompts"])
+        together, meets = self._together or self._share_guidance(count), self._split
         try:
             if self._split:
                 batch = embedded(self._pipeline if batch["images"] is None else self._inpainting, batch)
-            if self._together or self._share_guidance(count):
+            meets = together and self._world > 1
+            if together:
                 return self._draw(batch, range(count), count, shared=not self._together)
             own = range(self._rank, count, self._world)
             return self._draw(part(batch, own), own, count) if own else [None] * count
         except ValueError as error:  # diffusers refuses arguments so; the pipeline goes on
             return [InvalidInput(" ".join(str(error).split())[:500])] * count
         except torch.OutOfMemoryError:
+            if meets:  # the others may wait for this rank's part, and would take the next batch's for it
+                raise
             torch.cuda.empty_cache()
             return [
                 ServingError(f"no device memory for {count} images at once; lower max_pixels or max_images")

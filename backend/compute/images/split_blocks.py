@@ -116,22 +116,25 @@ KINDS: dict[str, type[Split]] = {"Attention": Attention, "FeedForward": FeedForw
 def split_blocks(denoiser: nn.Module, world: int, device: torch.device, say: Callable[[str], None]) -> None:
     """Leave this rank's part of every attention and MLP that can be split; all ranks call it.
 
-    What is split is on the device then, and may be all that fits there. LoadError where nothing can be split.
+    What is split is on the device then; there one module after the other was whole for a moment. LoadError where nothing
+    can be split.
     """
     whole: Counter[str] = Counter()
-    found = [(path, each) for path, each in denoiser.named_modules() if type(each).__name__ in KINDS]
-    for path, module in found:
+    paths = [path for path, module in denoiser.named_modules() if type(module).__name__ in KINDS]
+    for path in paths:
+        module = denoiser.get_submodule(path)
         kind = KINDS[type(module).__name__]
         part = kind(deepcopy(module))
         if reason := part.reason(world) or _differs(part, kind(module), world, device):
             whole[reason] += 1
         else:
             denoiser.set_submodule(path, part.module)
+        del module, part  # the next one may need the room
     reasons = "".join(f"; {count} whole on every rank: {reason}" for reason, count in whole.items())
-    split = len(found) - whole.total()
+    split = len(paths) - whole.total()
     if not split:
         raise LoadError(f"split_denoiser: nothing of this denoiser can be split among {world} ranks{reasons}")
-    say(f"{split} of {len(found)} attentions and MLPs of the denoiser are split among {world} ranks{reasons}")
+    say(f"{split} of {len(paths)} attentions and MLPs of the denoiser are split among {world} ranks{reasons}")
 
 
 def _differs(part: Split, whole: Split, world: int, device: torch.device) -> str:

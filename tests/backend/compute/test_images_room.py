@@ -53,6 +53,21 @@ def test_of_text_to_image(tmp_path, monkeypatch):
     assert len(images) == 2 and images[0].dtype == np.uint8
 
 
+@pytest.mark.parametrize(("together", "count"), [(True, 2), (False, 1)])
+def test_where_ranks_meet_one_without_memory_ends(together, count, tmp_path, monkeypatch):
+    """Or the others, who wait for its part of a sum, would take that of the next batch."""
+    worker = Diffusion(birth(tiny_diffusion.save("sd", tmp_path)), print)
+    monkeypatch.setattr(worker, "_world", 2)
+    monkeypatch.setattr(worker, "_together", together)
+    batch = {
+        "prompts": ["one", "two"][:count], "negative_prompts": None, "seeds": [1, 2][:count], "images": None,
+        "masks": None, "settings": {"num_inference_steps": 2},
+    }  # fmt: skip
+    fails_once(monkeypatch, worker, "_draw")
+    with pytest.raises(torch.OutOfMemoryError):
+        worker.forward(batch)
+
+
 def test_of_zero_shot_image(tmp_path, monkeypatch):
     worker = Clip(birth(write_clip(tmp_path)), print)
     blank = np.zeros((64, 64, 3), np.uint8)

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from backend.generation import stairs
 from backend.generation.budget import STRETCH, Budget
 
 
@@ -113,69 +110,3 @@ def test_steps_without_prompts_alone_tell_nothing_of_prompts() -> None:
     for _ in range(20):
         steps.send(0)
     assert steps.budget.tokens() == 16
-
-
-class Tiled:
-    """A device that computes 128 tokens or none of them: 24 sequences, and now and then a prompt of 1,200."""
-
-    def __init__(self, target: float) -> None:
-        self.time, self.budget, self.chance = 100.0, Budget(target, 16, 2048, lambda: self.time), random.Random(0)
-        self.sizes: list[int] = []
-
-    def play(self, steps: int) -> list[float]:
-        times, left = [], 0
-        for _ in range(steps):
-            left += 1200 if self.chance.random() < 0.13 else 0
-            tokens = min(left, self.budget.tokens())
-            left -= tokens
-            took = 0.0045 + 0.0033 * -(-(tokens + 24) // 128) if tokens + 24 > 128 else 0.006
-            took *= self.chance.uniform(0.97, 1.03) * (4 if self.chance.random() < 0.001 else 1)
-            self.budget.sent(tokens, 24)
-            self.time += took
-            self.budget.received()
-            times.append(took)
-            self.sizes.append(tokens)
-        return times
-
-
-@pytest.mark.parametrize(("target", "size"), [(0.0115, 232), (0.0145, 360), (0.018, 488)])
-def test_steps_take_no_tile_too_many_and_most_of_what_fits(target: float, size: int) -> None:
-    device = Tiled(target)
-    device.play(500)
-    times = sorted(device.play(5000))
-    assert times[int(0.99 * len(times))] < 1.1 * target
-    taken = [tokens for tokens in device.sizes[500:] if tokens > 100]
-    assert 0.85 * size < sum(taken) / len(taken) <= size
-
-
-def test_a_line_alone_would_take_tiles_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stairs.Stairs, "lowered", lambda _, tokens, target: tokens)
-    device = Tiled(0.013)
-    device.play(500)
-    times = sorted(device.play(5000))
-    assert times[int(0.99 * len(times))] > 1.1 * 0.013
-
-
-def test_a_stair_that_was_held_up_once_is_taken_again() -> None:
-    known = stairs.Stairs()
-    for seconds in (0.010, 0.200):
-        known.learn(300, seconds)
-    assert known.lowered(300, 0.010) == 256
-    for _ in range(20):
-        known.learn(300, 0.010)
-    assert known.lowered(300, 0.010) == 300
-
-
-def test_a_stair_that_is_left_is_tried_again_some_time() -> None:
-    known = stairs.Stairs()
-    known.learn(300, 0.013)
-    asked = [known.lowered(300, 0.010)]
-    while asked[-1] < 300 and len(asked) < 10_000:
-        known.learn(250, 0.009)
-        asked.append(known.lowered(300, 0.010))
-    assert 500 < len(asked) < 2000 and set(asked[:-1]) == {256}
-
-
-def test_stairs_are_as_high_as_graphs_are_apart() -> None:
-    prompt_graphs = pytest.importorskip("backend.compute.prompt_graphs")
-    assert stairs.STAIR == prompt_graphs.DENSE

@@ -24,7 +24,7 @@ def test_a_look_without_news_sends_nothing():
         return_num_output_tokens=False, return_cumulative_logprob=False, return_logprobs=False,
     )  # fmt: skip
     outbox, asked = [], Asked()
-    delivery = Delivery(Request([], options, [], None), asked, outbox.append, outbox.append)
+    delivery = Delivery(Request([], options, [], None), asked, outbox.append, lambda *due: None)
     delivery.stream = Stream(1, delivery.notify)
     delivery.release()
     delivery.look()

@@ -3,7 +3,10 @@
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 
@@ -214,7 +217,7 @@ class Pace:
         request = type(
             "Request", (), {"options": options, "answer": staticmethod(lambda news: {"news": news} if stream else None)}
         )
-        self.delivery = delivery.Delivery(request, self.caller, self.outbox.append, self.later.append)
+        self.delivery = delivery.Delivery(request, self.caller, self.outbox.append, lambda *due: self.later.append(due))
         self.delivery.stream = self.stream = Mailbox()
         self.delivery.release()
 
@@ -224,9 +227,9 @@ class Pace:
 
     def wake(self):
         """What the thread that wakes does by now."""
-        due = [each for each in self.later if each.due <= self.now]
+        due = [each for each in self.later if each[0] <= self.now]
         self.later[:] = [each for each in self.later if each not in due]
-        for each in due:
+        for _, each in due:
             each.wake()
 
     def sent(self):
@@ -290,6 +293,55 @@ def test_news_that_come_too_early_go_when_they_are_due_and_not_with_the_next(mon
     pace.now += 0.05
     pace.wake()
     assert pace.sent() == [["d"]]
+
+
+def test_news_that_come_while_others_are_being_sent_are_not_left_behind(monkeypatch):
+    pace = Pace(monkeypatch)
+    later = ["b"]
+    usual = pace.caller.send
+    pace.caller.send = lambda outputs: (usual(outputs), later and pace.news(later.pop()))
+    pace.news("a")
+    assert pace.sent() == [["a"]]
+    assert [due for due, _ in pace.later] == [pace.now + 0.5]
+    pace.now += 0.5
+    pace.wake()
+    assert pace.sent() == [["b"]]
+
+
+def test_who_is_woken_too_early_because_others_went_meanwhile_is_woken_again(monkeypatch):
+    pace = Pace(monkeypatch)
+    pace.news("a")
+    assert pace.sent() == [["a"]]
+    pace.now += 0.1
+    pace.news("b")  # asks to be woken at 0.5
+    pace.delivery.look()
+    pace.now += 0.3
+    assert pace.sent() == [["b"]]  # now the next ones are due at 0.65
+    pace.now += 0.1
+    pace.news("c")
+    pace.wake()
+    assert pace.sent() == [] and len(pace.later) == 1
+    pace.now += 0.15
+    pace.wake()
+    assert pace.sent() == [["c"]]
+
+
+def test_the_thread_that_wakes_takes_the_earliest_first():
+    """As they ask is another order."""
+    woken, service = [], Service.__new__(Service)
+    service._later = SimpleQueue()
+    thread = threading.Thread(target=service._wake)
+    thread.start()
+    start = time.monotonic()
+    for place in (3, 1, 2):
+        each = SimpleNamespace(wake=partial(lambda place: woken.append((place, time.monotonic())), place))
+        service._later.put((start + 0.05 * place, each))
+    eventually(lambda: len(woken) == 3)
+    service._later.put(None)
+    thread.join(5)
+    assert not thread.is_alive()
+    assert [place for place, _ in woken] == [1, 2, 3]
+    assert all(at >= start + 0.05 * place for place, at in woken)
 
 
 def test_who_is_woken_for_news_that_have_gone_sends_nothing(monkeypatch):
