@@ -1,7 +1,8 @@
 """A pipeline's models under torch.compile: learnt as it warms up, as they are where that fails. It knows no requests.
 
-Compiled once for any number of rows, and once more for a single row, which torch takes for a case of its own. Other
-sizes of images than those met while learning run as they are: no request waits for a compiler.
+Compiled once for any number of rows, and once more for a single row, which torch takes for a case of its own; a model
+whose code fixes the number, for each that is met while learning. Other sizes of images than those run as they are: no
+request waits for a compiler.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from backend.compute.images.graphs import signature
 from backend.compute.images.pipeline import denoiser_of
@@ -67,6 +68,7 @@ class Compiled:
     def __init__(self, model: nn.Module, name: str, say: Callable[[str], None], backend: Any = "inductor") -> None:
         self._plain, self._name, self._say = model.forward, name, say
         self._compiled = torch.compile(self._plain, dynamic=False, backend=backend)
+        self._any_rows = True
         self._known: set[Any] = set()
         self._beyond: set[Any] = set()  # numbers of rows that the compiler's guards turn down
         self._learning = True
@@ -77,7 +79,7 @@ class Compiled:
         leaves = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         values, named = tree_unflatten(leaves, shape)
         rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
-        form = (str(shape), rows == 1, *(_beside(leaf, rows) for leaf in leaves))
+        form = (str(shape), rows == 1 if self._any_rows else rows, *(_beside(leaf, rows) for leaf in leaves))
         if self._learning and form not in self._known:
             return self._learn(form, rows, values, named)
         if form not in self._known or (form, rows) in self._beyond:
@@ -106,17 +108,21 @@ class Compiled:
             self._known.clear()
             self._say(f"the {self._name} is not compiled: {reason}")
         else:
-            self._known.add(form)
+            self._known.add(form if self._any_rows else (form[0], rows, *form[2:]))
             self._say(f"the {self._name} is compiled, {time.monotonic() - start:.0f} s")
         return usual
 
     def _trial(self, rows: int, values: Any, named: Any, usual: Any) -> str:
         """Why the compiled model cannot be used; empty if it can."""
         try:
-            if rows > 1:
+            if rows > 1 and self._any_rows:
                 _free_rows((values, named), rows)
             difference = distance(self._compiled(*values, **named), usual)
         except Exception as error:  # a compiler's failures have no common class
+            if self._any_rows and "Constraints violated" in str(error):
+                self._any_rows = False
+                values, named = tree_map(_unmarked, (values, named))
+                return self._trial(rows, values, named, usual)
             return " ".join(str(error).split())[:300] or type(error).__name__
         return "" if difference < TOLERANCE else f"its result differs by {difference:.3g}"
 
@@ -126,6 +132,11 @@ def _beside(leaf: Any, rows: int) -> Any:
     if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == rows:
         return "rows", tuple(leaf.shape[1:]), leaf.dtype
     return signature(leaf)
+
+
+def _unmarked(leaf: Any) -> Any:
+    """The same values without what the compiler was told of them."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _free_rows(given: Any, rows: int) -> None:

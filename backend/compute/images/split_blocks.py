@@ -116,8 +116,8 @@ KINDS: dict[str, type[Split]] = {"Attention": Attention, "FeedForward": FeedForw
 def split_blocks(denoiser: nn.Module, world: int, device: torch.device, say: Callable[[str], None]) -> None:
     """Leave this rank's part of every attention and MLP that can be split; all ranks call it.
 
-    What is split is on the device then; there one module after the other was whole for a moment. LoadError where nothing
-    can be split.
+    What is split is on the device then; one module after the other was there whole for a moment. LoadError where
+    nothing can be split.
     """
     whole: Counter[str] = Counter()
     paths = [path for path, module in denoiser.named_modules() if type(module).__name__ in KINDS]

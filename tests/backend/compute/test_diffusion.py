@@ -269,8 +269,8 @@ def test_the_digits_sample_is_drawn_to_the_pixel():
 def test_cuda_graphs_change_pixels_by_rounding_alone(kind, folder):
     """While a graph is captured, transformers 5.17 gives CLIP a mask where it otherwise says "causal": other kernels.
 
-    All of float16's rounding moves 6 % of the pixels by 1 of 255 (CPU, beside float32); another prompt or step count at
-    least 33 %, by 3 and more.
+    All of float16's rounding moves 6 % of the pixels by 1 of 255 (CPU, beside float32), with velocities (sd2) by 2;
+    another prompt or step count at least 33 %, by 3 and more.
     """
     made = [
         Diffusion(
@@ -280,7 +280,7 @@ def test_cuda_graphs_change_pixels_by_rounding_alone(kind, folder):
     ]
     for given in (batch(guidance_scale=3.0), batch(PROMPTS[:1], [4]), batch(guidance_scale=3.0)):
         replayed, plain = (arrays(worker.forward(given)).astype(int) for worker in made)
-        assert np.abs(replayed - plain).max() <= 1
+        assert np.abs(replayed - plain).max() <= (2 if kind == "sd2" else 1)
         assert (replayed != plain).mean() < 0.1
 
 

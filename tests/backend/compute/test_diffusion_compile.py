@@ -111,6 +111,26 @@ def test_more_rows_than_a_compilation_holds_for_are_told_and_run_as_they_are():
     assert [line.split()[0] for line in told if "does not hold for them" in line] == ["64", "65"]
 
 
+def test_a_model_that_fixes_the_number_of_rows_is_compiled_for_each_that_it_meets():
+    """As PixArt's does to torch 2.11."""
+
+    class Fixed(Layer):
+        def forward(self, values):
+            return (values.sin() * {2: 3.0, 3: 4.0, 4: 5.0}[values.shape[0]],)
+
+    layer, counter, told = Fixed(), CompileCounter(), []
+    compiled = Compiled(layer, "layer", told.append, counter)
+    for rows in (2, 4):
+        torch.testing.assert_close(layer(torch.ones(rows, 3))[0], torch.ones(rows, 3).sin() * (rows + 1))
+    assert len([line for line in told if "the layer is compiled" in line]) == 2, told
+    compiled.settle()
+    before = counter.frame_count
+    for rows in (2, 4, 3):
+        torch.testing.assert_close(layer(torch.ones(rows, 3))[0], torch.ones(rows, 3).sin() * (rows + 1))
+    assert before >= 2 and counter.frame_count == before
+    assert not [line for line in told if "not compiled" in line or "does not hold" in line]
+
+
 @pytest.mark.parametrize("wrong", [1.5, float("nan")])
 def test_a_compiled_model_that_computes_something_else_is_not_used(wrong):
     def distorting(graph, inputs):
