@@ -125,6 +125,8 @@ class EngineConfig:
         require(0 <= fraction < 1, f"kv_cache_fraction must be at least 0 and below 1, not {fraction}")
         for name in _POSITIVE:
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        alone = self.split_denoiser and self.tensor_parallel == 1
+        require(not alone, "split_denoiser is set, tensor_parallel is 1: there is nobody to share it with")
         self._check_offload()
         for field in fields(self):
             if field.type in ("int", "float"):

@@ -21,6 +21,7 @@ def test_a_limit_that_no_request_could_keep_is_refused(name):
         ({"max_restarts": "-3"}, "max_restarts must not be negative, not -3"),
         ({"target_itl_ms": "nan"}, "target_itl_ms must not be negative, not nan"),
         ({"dtype": "int3"}, "dtype must be one of auto, float32, bfloat16, float16, not 'int3'"),
+        ({"split_denoiser": "true"}, "split_denoiser is set, tensor_parallel is 1: there is nobody to share it with"),
         ({"max_steps": "many"}, "parameter 'max_steps' in config.pbtxt must be of type int, not 'many'"),
     ],
 )
