@@ -34,7 +34,7 @@ def played() -> Iterator[None]:
         builder.create_inline_asm = usual
 
 
-_STORED = {"fp32": np.float32, "int32": np.int32, "bf16": np.uint16}
+_STORED = {"fp32": np.float32, "bf16": np.uint16}
 """As the interpreter has them."""
 
 
@@ -46,12 +46,11 @@ def _in_words(data: Any, pack: int) -> Any:
 
 def run(asm: str, outputs: int, inputs: list[Any]) -> list[Any]:
     """The outputs' words, of these inputs."""
-    shape = np.broadcast_shapes(*(np.shape(each) for each in inputs))
-    known = {f"${outputs + at}": _bits(np.broadcast_to(each, shape)) for at, each in enumerate(inputs)}
+    known = {f"${outputs + at}": words for at, words in enumerate(inputs)}
     for line in asm.replace("\n", " ").strip().strip("{}").split(";"):
         if (line := line.strip()) and not line.startswith(".reg"):
             name, _, rest = line.partition(" ")
-            _step(name, rest, known, shape)
+            _step(name, rest, known, inputs[0].shape)
     return [known[f"${at}"] for at in range(outputs)]
 
 
@@ -61,12 +60,7 @@ def _step(name: str, rest: str, known: dict[str, Any], shape: tuple[int, ...]) -
 
 
 def _constant(text: str, shape: tuple[int, ...]) -> Any:
-    value = int(text[2:], 16) if text.startswith("0f") else int(text, 0)
-    return np.full(shape, value, np.uint32)
-
-
-def _bits(data: Any) -> Any:
-    return np.ascontiguousarray(data).view(np.uint32)
+    return np.full(shape, int(text, 0), np.uint32)
 
 
 def _floats(word: Any) -> tuple[Any, Any]:

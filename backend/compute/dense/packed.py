@@ -52,7 +52,7 @@ def linear(
     group, per = weight.scheme.columns(width), 8 // weight.scheme.bits
     x = x.contiguous()
     few = len(x) <= TILED and taken(group, width, per) and not scales(x, weight)
-    if len(x) == 1 and few and (weight.scheme.kind != "fp8" or knows_fp8(x.device) or INTERPRETED):
+    if len(x) == 1 and few and _readable(weight):
         shape = vector(outputs if activation is None else outputs // 2, width, activation is not None, per)
         return by_vector(shape, x, weight, bias, residual, norm, activation)
     if few:
@@ -164,9 +164,7 @@ def _full(weight: Packed, dtype: torch.dtype) -> Tensor:
     outputs, width = weight.shape
     room = _scratch(weight.device, max(SCRATCH, width * dtype.itemsize))
     place = room.view(dtype)[: outputs * width].view(outputs, width)
-    if weight.scheme.kind == "fp8" and not knows_fp8(weight.device) and not INTERPRETED:
-        return place.copy_(weight.full())
-    return unpacked(weight, place)
+    return unpacked(weight, place) if _readable(weight) else place.copy_(weight.full())
 
 
 @lru_cache
@@ -180,13 +178,18 @@ def scales(x: Tensor, weight: Packed) -> bool:
     """Whether it is for torch's scaled product: many tokens, one scale a row, on a GPU that multiplies fp8."""
     if len(x) < SCALED:
         return False
-    rowwise = weight.scheme.kind == "fp8" and weight.scale.shape[1] == 1 and x.dtype == torch.bfloat16
-    return rowwise and not (weight.shape[0] % 16 or weight.shape[1] % 16) and knows_fp8(x.device)
+    fits = weight.by_row and x.dtype == torch.bfloat16 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
+    return fits and knows_fp8(x.device)
 
 
 @lru_cache
 def knows_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_FROM
+
+
+def _readable(weight: Packed) -> bool:
+    """Whether kernels can load its codes as numbers."""
+    return weight.scheme.kind != "fp8" or knows_fp8(weight.device) or INTERPRETED
 
 
 @lru_cache

@@ -79,10 +79,11 @@ class Compiled:
         leaves = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         values, named = tree_unflatten(leaves, shape)
         rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
-        form = (str(shape), rows == 1 if self._any_rows else rows, *(_beside(leaf, rows) for leaf in leaves))
-        if self._learning and form not in self._known:
+        form = (str(shape), *(_beside(leaf, rows) for leaf in leaves))
+        known = (form, self._case(rows)) in self._known
+        if self._learning and not known:
             return self._learn(form, rows, values, named)
-        if form not in self._known or (form, rows) in self._beyond:
+        if not known or (form, rows) in self._beyond:
             return self._plain(*values, **named)
         try:
             with torch.compiler.set_stance("fail_on_recompile"):
@@ -93,6 +94,10 @@ class Compiled:
         self._beyond.add((form, rows))
         self._say(f"{rows} rows of the {self._name} run as they are: what was compiled does not hold for them")
         return self._plain(*values, **named)
+
+    def _case(self, rows: int) -> bool | int:
+        """What has a compilation of its own: a single row, or each number of them."""
+        return rows == 1 if self._any_rows else rows
 
     def settle(self) -> None:
         """Compile nothing from now on."""
@@ -108,7 +113,7 @@ class Compiled:
             self._known.clear()
             self._say(f"the {self._name} is not compiled: {reason}")
         else:
-            self._known.add(form if self._any_rows else (form[0], rows, *form[2:]))
+            self._known.add((form, self._case(rows)))
             self._say(f"the {self._name} is compiled, {time.monotonic() - start:.0f} s")
         return usual
 

@@ -55,8 +55,8 @@ class Diffusion:
         self._split = self._world > 1 and split_text_encoders(
             self._pipeline, self._rank, self._world, self._device, self._progress
         )
-        self._together = self._world == 1 or birth.config.split_denoiser
-        if self._world > 1 and self._together:
+        self._in_parts = birth.config.split_denoiser  # which there are several ranks for
+        if self._in_parts:
             split_blocks(denoiser_of(self._pipeline), self._world, self._device, self._progress)
         elif self._world > 1:
             self._progress("the denoiser is whole on every rank: they share images, and the guidance of a single one")
@@ -71,7 +71,7 @@ class Diffusion:
     @property
     def _apart(self) -> int:
         """Ranks that draw images of their own."""
-        return 1 if self._together else self._world
+        return 1 if self._in_parts else self._world
 
     def _seen_plain(self) -> list[Witness]:
         """What the models that are about to be replaced answer as they are."""
@@ -85,8 +85,7 @@ class Diffusion:
 
     def _quicken(self, config: EngineConfig) -> list[Compiled]:
         """What takes time on a GPU: launches, and elementwise kernels that a compiler fuses."""
-        whole = self._world == 1 or not self._together
-        found = compiled(self._pipeline, self._progress, with_denoiser=whole) if config.compile else []
+        found = compiled(self._pipeline, self._progress, not self._in_parts) if config.compile else []
         if config.cuda_graphs:
             pool = torch.cuda.graph_pool_handle()
             readers = [] if self._split else text_encoders(self._pipeline).values()
@@ -133,13 +132,13 @@ class Diffusion:
     def forward(self, batch: Batch) -> Answer | Callable[[], Answer]:
         """An entry an image; None where another rank has it, the same error for all where the call was refused."""
         count = len(batch["prompts"])
-        together, meets = self._together or self._share_guidance(count), self._split
+        together, meets = self._apart == 1 or self._share_guidance(count), self._split
         try:
             if self._split:
                 batch = embedded(self._pipeline if batch["images"] is None else self._inpainting, batch)
             meets = together and self._world > 1
             if together:
-                return self._draw(batch, range(count), count, shared=not self._together)
+                return self._draw(batch, range(count), count, shared=self._apart > 1)
             own = range(self._rank, count, self._world)
             return self._draw(part(batch, own), own, count) if own else [None] * count
         except ValueError as error:  # diffusers refuses arguments so; the pipeline goes on

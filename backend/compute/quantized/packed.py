@@ -161,6 +161,11 @@ class Packed:
         if self.order is not None and other.order is not None:
             self.order.copy_(other.order)
 
+    @property
+    def by_row(self) -> bool:
+        """Whether it is fp8 with one scale a row, which GPUs can multiply with fp8 activations."""
+        return self.scheme.kind == "fp8" and self.scale.shape[1] == 1
+
     def full(self) -> Tensor:
         """The weight [N, K] in its dtype."""
         codes = self._codes()

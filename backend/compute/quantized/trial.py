@@ -44,8 +44,7 @@ def tried(weights: Iterable[Packed]) -> None:
     """LoadError where a product differs."""
     for weight in weights:
         for tokens in TOKENS:
-            row = weight.scheme.kind == "fp8" and weight.scale.shape[1] == 1
-            rounds = row and weight.dtype is torch.bfloat16 and tokens >= SCALED
+            rounds = weight.by_row and weight.dtype is torch.bfloat16 and tokens >= SCALED
             allowed = ROUNDED if rounds else ALLOWED[weight.dtype]
             what = f"a product of {tokens} tokens with {weight.scheme.kind} weights {list(weight.shape)}"
             allow("quantization", _difference(weight, tokens), allowed, what, "its largest value")

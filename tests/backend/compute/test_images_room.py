@@ -53,12 +53,12 @@ def test_of_text_to_image(tmp_path, monkeypatch):
     assert len(images) == 2 and images[0].dtype == np.uint8
 
 
-@pytest.mark.parametrize(("together", "count"), [(True, 2), (False, 1)])
-def test_where_ranks_meet_one_without_memory_ends(together, count, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("in_parts", "count"), [(True, 2), (False, 1)])
+def test_where_ranks_meet_one_without_memory_ends(in_parts, count, tmp_path, monkeypatch):
     """Or the others, who wait for its part of a sum, would take that of the next batch."""
     worker = Diffusion(birth(tiny_diffusion.save("sd", tmp_path)), print)
     monkeypatch.setattr(worker, "_world", 2)
-    monkeypatch.setattr(worker, "_together", together)
+    monkeypatch.setattr(worker, "_in_parts", in_parts)
     batch = {
         "prompts": ["one", "two"][:count], "negative_prompts": None, "seeds": [1, 2][:count], "images": None,
         "masks": None, "settings": {"num_inference_steps": 2},
