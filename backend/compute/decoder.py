@@ -257,15 +257,30 @@ class Decoder:
         def forward(ids: Tensor, positions: Tensor, slots: Tensor, step: Step, ends: Tensor) -> Tensor:
             return self._forward(self._known(ids, slots), positions, step, ends)
 
+        reason = ""
         try:
             for size in prompt_graphs.sizes(config.step_tokens)[::-1]:
                 inputs = prompt_graphs.Inputs(self._cache, size, min(size, config.max_sequences), len(self._last) - 1)
                 self._prompts[size] = PromptGraph(forward, inputs, step, places, self._pool)
         except RuntimeError as error:  # code that waits for the device, say: then Python launches each kernel
+            reason = " ".join(str(error).split())[:200]
+        if self._most([float(bool(reason))])[0]:
             self._prompts.clear()
-            self._progress(f"warm-up: prompts without graphs: {' '.join(str(error).split())[:200]}")
-        else:
-            self._progress(f"warm-up: prompts of up to {config.step_tokens} tokens in {len(self._prompts)} graphs")
+            self._progress(f"warm-up: prompts without graphs: {reason or 'another rank cannot capture them'}")
+            return
+        seconds = self._most([graph.seconds() for graph in self._prompts.values()])
+        soonest = prompt_graphs.soonest(dict(zip(self._prompts, seconds, strict=True)))
+        self._prompts = {size: self._prompts[by] for size, by in soonest.items()}
+        graphs = len(set(soonest.values()))
+        self._progress(f"warm-up: prompts of up to {config.step_tokens} tokens in {graphs} graphs")
+
+    def _most(self, values: list[float]) -> list[float]:
+        """The largest of all ranks, of each."""
+        if self._world == 1:
+            return values
+        found = torch.tensor(values, device=self._device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return [float(value) for value in found.tolist()]
 
     def _capture(self, size: int) -> DecodeGraph:
         width = -(-self._max_model_len // self._config.block_size)

@@ -24,17 +24,19 @@ from measuring.packed import Product, packed_weights, random_packed, time_of
 COMPILERS = 12
 MATRICES = 16
 """Candidates for several tokens: three batches of four products then take about a minute."""
-Candidate = tuple[Shape, int]
-"""And the tokens of a program; 0: the kernel for one token."""
+Candidate = tuple[str, Shape, int]
+"""Which kernel, its shape and the tokens of a program."""
 
 
 def candidates(product: Product, scheme: Scheme, tokens: int, limit: int) -> list[Candidate]:
     """So many of them, always the same; for several tokens those with about as many programs as the rule's."""
     made = list(_vectors() if tokens == 1 else _matrices(tokens, scheme.bits))
+    if tokens > 8 and packed.warpgroups_multiply(torch.device("cuda")):
+        made += _warpgroups(tokens, scheme.bits)
     random.Random(0).shuffle(made)
     if tokens > 1:
-        wanted = _programs(ruled(product, scheme, tokens)[0], product)
-        made.sort(key=lambda each: not 0.45 < _programs(each[0], product) / wanted < 2.2)
+        wanted = _programs(ruled(product, scheme, tokens)[1], product)
+        made.sort(key=lambda each: not 0.45 < _programs(each[1], product) / wanted < 2.2)
         limit = min(limit, MATRICES)
     return made[:limit]
 
@@ -46,7 +48,7 @@ def _programs(shape: Shape, product: Product) -> int:
 def _vectors() -> Iterator[Candidate]:
     """A thread takes four words of each of some rows, straight to registers or ahead by way of shared memory."""
     for rows, warps, stages in itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4)):
-        yield Shape(rows, 128 * warps, warps, stages), 0
+        yield "vector", Shape(rows, 128 * warps, warps, stages), 1
 
 
 def _matrices(tokens: int, bits: int) -> Iterator[Candidate]:
@@ -59,7 +61,16 @@ def _matrices(tokens: int, bits: int) -> Iterator[Candidate]:
         held = stages * width * (height * bits // 8 + 2 * size)  # bytes of shared memory
         if (12 if size == 8 else 24) << 10 <= held <= (220 if height == 256 else 110) << 10:
             for splits in (1, 2, 4, 8):
-                yield Shape(height, width, warps, stages, splits), size
+                yield "matrix", Shape(height, width, warps, stages, splits), size
+
+
+def _warpgroups(tokens: int, bits: int) -> Iterator[Candidate]:
+    """Of which two or more are on a processor."""
+    size = next((size for size in (16, 32, 64) if tokens <= size), 128)
+    for height, width, stages in itertools.product((64, 128), (64, 128, 256), (2, 3, 4, 5)):
+        if 24 << 10 <= stages * width * (height * bits // 8 + 2 * size) <= 113 << 10:
+            for splits in (1, 2, 4, 8):
+                yield "warpgroup", Shape(height, width, 4, stages, splits), size
 
 
 def sweep(product: Product, scheme: Scheme, tokens: int, limit: int, budget: float) -> list[tuple[float, Candidate]]:
@@ -89,25 +100,28 @@ def _tell(case: str, found: list[tuple[float, Candidate]]) -> None:
 
 
 def _told(candidate: Candidate) -> str:
-    shape, size = candidate
-    return f"{shape.rows}x{shape.columns} warps {shape.warps} stages {shape.stages} splits {shape.splits} tokens {size}"
+    way, (rows, columns, warps, stages, splits), size = candidate
+    return f"{way} {rows}x{columns} warps {warps} stages {stages} splits {splits} tokens {size}"
 
 
 def ruled(product: Product, scheme: Scheme, tokens: int) -> Candidate:
-    """What packed_shape says."""
+    """What packed.py takes."""
     per, group = 8 // scheme.bits, scheme.columns(product.width)
-    if tokens > 1:
-        return packed_shape.matrix(tokens, product.outputs, product.width, group, per)
-    outputs = product.outputs // 2 if product.activation else product.outputs
-    return packed_shape.vector(outputs, product.width, bool(product.activation), per), 0
+    if tokens == 1:
+        outputs = product.outputs // 2 if product.activation else product.outputs
+        return "vector", packed_shape.vector(outputs, product.width, bool(product.activation), per), 1
+    cut = packed_shape.warpgroup(tokens, product.outputs, product.width, per)
+    if cut and packed.warpgroups_multiply(torch.device("cuda")):
+        return "warpgroup", *cut
+    return "matrix", *packed_shape.matrix(tokens, product.outputs, product.width, group, per)
 
 
 def run(candidate: Candidate, x: Tensor, weight: Packed, activation: str | None) -> Tensor:
     """A gate is the vector kernel's business alone."""
-    shape, size = candidate
-    if size == 0:
+    way, shape, size = candidate
+    if way == "vector":
         return packed.by_vector(shape, x, weight, None, None, None, activation)
-    return packed.by_matrix(shape, size, x, weight, None, None)
+    return (packed.by_warpgroup if way == "warpgroup" else packed.by_matrix)(shape, size, x, weight, None, None)
 
 
 def _compile(product: Product, scheme: Scheme, tokens: int, tried: list[Candidate]) -> None:

@@ -56,6 +56,11 @@ class UncapturedPrompt:
         self._forward, self._inputs, self._places = forward, inputs, places
         self._compute(step, lambda attention, output: None)
 
+    def seconds(self) -> float:
+        """As if 16 tokens took longer than 24."""
+        size = len(self._inputs.ids)
+        return 40.0 if size == 16 else float(size)
+
     def replay(self, plan: Plan, live: Any) -> Any:
         UncapturedPrompt.replays += 1
 

@@ -1,13 +1,15 @@
 """Products with packed weights on CUDA: which way for how many tokens, and the launches.
 
-One token: packed_vector.py. Up to packed_shape.TILED: packed_matrix.py. More: weights made full, a part at a time, for
-the library's product. From packed_shape.SCALED on, fp8 weights of one scale a row: torch's scaled product, the only way
-that rounds activations, to fp8 with a scale for each token: done to prompts, and where many sequences decode together.
-Launches depend on shapes alone and read nothing back: CUDA graphs may hold them.
+One token: packed_vector.py. Up to packed_shape.TILED: packed_matrix.py, or packed_warpgroup.py where a Hopper GPU has
+some tokens in bfloat16. More: weights made full, a part at a time, for the library's product. From packed_shape.SCALED
+on, fp8 weights of one scale a row: torch's scaled product, the only way that rounds activations, to fp8 with a scale
+for each token: done to prompts, and where many sequences decode together. Launches depend on shapes alone and read
+nothing back: CUDA graphs may hold them.
 """
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from typing import Any
 
@@ -22,12 +24,19 @@ from backend.compute.dense.norm import normed
 from backend.compute.dense.packed_codes import LEVELS
 from backend.compute.dense.packed_full import rounded, unpacked
 from backend.compute.dense.packed_matrix import arranged_kernel, packed_matrix_kernel
-from backend.compute.dense.packed_shape import ROOM, SCALED, TILED, matrix, taken, vector
+from backend.compute.dense.packed_shape import ROOM, SCALED, TILED, matrix, taken, vector, warpgroup
 from backend.compute.dense.packed_vector import packed_vector_kernel
 from backend.compute.dense.shape import Shape
 from backend.compute.dense.small_kernels import join_kernel
-from backend.compute.quantized.packed import Packed
+from backend.compute.quantized.packed import Packed, Scheme, pack
 
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from backend.compute.dense.packed_warpgroup import in_shared_memory, packed_warpgroup_kernel
+except ImportError:  # OpenAI Triton is of another time
+    packed_warpgroup_kernel = None
+log = logging.getLogger("tritonspeed")
 SCRATCH = 128 << 20
 """Bytes of a weight that are made full at a time."""
 INTERPRETED = triton.knobs.runtime.interpret
@@ -56,8 +65,7 @@ def linear(
         shape = vector(outputs if activation is None else outputs // 2, width, activation is not None, per)
         return by_vector(shape, x, weight, bias, residual, norm, activation)
     if few:
-        cut = matrix(len(x), outputs, width, group, per, x.itemsize, _room(x.device))
-        found = by_matrix(*cut, x, weight, bias, residual if activation is None else None, norm)
+        found = several(x, weight, bias, residual if activation is None else None, norm)
     else:
         found = many(x if norm is None else normed(x, None, *norm), weight, bias)
     if activation is not None:
@@ -89,6 +97,17 @@ def by_vector(
     return result
 
 
+def several(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | None, norm: Norm | None) -> Tensor:
+    """Up to TILED tokens."""
+    outputs, width = weight.shape
+    per = 8 // weight.scheme.bits
+    cut = warpgroup(len(x), outputs, width, per)
+    if cut and x.dtype is torch.bfloat16 and warpgroups_multiply(x.device):
+        return by_warpgroup(*cut, x, weight, bias, residual, norm)
+    cut = matrix(len(x), outputs, width, weight.scheme.columns(width), per, x.itemsize, _room(x.device))
+    return by_matrix(*cut, x, weight, bias, residual, norm)
+
+
 def by_matrix(
     shape: Shape,
     size: int,
@@ -101,23 +120,75 @@ def by_matrix(
     """Several tokens, in programs of this shape for `size` tokens each."""
     _check(x, weight)
     (outputs, width), tokens = weight.shape, len(x)
-    result = _place(x, outputs, residual)
-    sums = None
-    if shape.splits > 1:
-        sums = torch.empty(shape.splits, tokens, outputs, dtype=torch.float32, device=x.device)
+    result, sums = _place(x, outputs, residual), _shares(shape, x, outputs)
     packed_matrix_kernel[(triton.cdiv(outputs, shape.rows), shape.splits, triton.cdiv(tokens, size))](
-        result, sums, _arranged(x, 16 // weight.scheme.bits, norm), weight.codes.view(torch.int16), weight.scale,
+        result, sums, _arranged(x, 16 // weight.scheme.bits, width, norm), weight.codes.view(torch.int16), weight.scale,
         weight.offset, bias, residual, outputs, tokens,
         WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, COLUMNS=shape.columns, TOKENS=size,
         STAGES=shape.stages, SPLITS=shape.splits, LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides,
         PAIRED=x.dtype == torch.bfloat16 and not INTERPRETED,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=shape.warps,
     )  # fmt: skip
+    return _joined(result, sums, bias, residual)
+
+
+def by_warpgroup(
+    shape: Shape,
+    size: int,
+    x: Tensor,
+    weight: Packed,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """The same on a Hopper GPU, of bfloat16; the shape's columns divide the width."""
+    _check(x, weight)
+    (outputs, width), tokens = weight.shape, len(x)
+    group, per = weight.scheme.columns(width), 16 // weight.scheme.bits
+    result, sums = _place(x, outputs, residual), _shares(shape, x, outputs)
+    packed_warpgroup_kernel[(triton.cdiv(outputs, shape.rows), shape.splits, triton.cdiv(tokens, size))](
+        result, sums, _tiled(_arranged(x, per, shape.columns, norm), size, shape.columns),
+        _tiled(weight.codes.view(torch.int16), shape.rows, shape.columns // per), weight.scale, weight.offset,
+        bias, residual, outputs, tokens, width // shape.columns, width // group, shape.splits,
+        GROUP=0 if group == width else group, ROWS=shape.rows, COLUMNS=shape.columns, TOKENS=size, STAGES=shape.stages,
+        LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides, num_warps=shape.warps,
+    )  # fmt: skip
+    return _joined(result, sums, bias, residual)
+
+
+def _tiled(matrix: Tensor, rows: int, columns: int) -> Any:
+    """What TMA must know of it, to copy so many rows and columns at a time."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], in_shared_memory(columns))
+
+
+@lru_cache
+def warpgroups_multiply(device: torch.device) -> bool:
+    """Whether by_warpgroup can be had: a Hopper GPU, and a Gluon that understands the kernel."""
+    if packed_warpgroup_kernel is None or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    weight = pack(torch.ones(64, 256, dtype=torch.bfloat16, device=device), Scheme("int8", 64))
+    try:
+        by_warpgroup(Shape(64, 128, 4, 2, 1), 64, weight.full(), weight, None, None)
+    except Exception as error:
+        log.warning("products with packed weights without warp groups: %s", " ".join(str(error).split())[:300])
+        return False
+    return True
+
+
+def _shares(shape: Shape, x: Tensor, outputs: int) -> Tensor | None:
+    """Room for what each of several programs adds to the same results."""
+    if shape.splits == 1:
+        return None
+    return torch.empty(shape.splits, len(x), outputs, dtype=torch.float32, device=x.device)
+
+
+def _joined(result: Tensor, sums: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Filled by the shares, where there are any."""
     if sums is not None:
+        splits, tokens, outputs = sums.shape
         join_kernel[(triton.cdiv(outputs, 512), tokens)](
-            result, sums, None, bias, residual, 0.0, outputs,
-            WIDTH=width, SPLITS=shape.splits, ACTIVATION="", BLOCK=512,
-        )  # fmt: skip
+            result, sums, None, bias, residual, 0.0, outputs, WIDTH=0, SPLITS=splits, ACTIVATION="", BLOCK=512
+        )
     return result
 
 
@@ -132,14 +203,14 @@ def _place(x: Tensor, outputs: int, residual: Tensor | None) -> Tensor:
     return result
 
 
-def _arranged(x: Tensor, per: int, norm: Norm | None) -> Tensor:
-    """Of each token the columns 0, per, 2 * per and so on, then 1, per + 1 and so on; after a norm."""
+def _arranged(x: Tensor, per: int, span: int, norm: Norm | None) -> Tensor:
+    """Of every `span` columns of a token 0, per, 2 * per and so on, then 1, per + 1 and so on; after a norm."""
     tokens, width = x.shape
     arranged = torch.empty_like(x)
     gain, eps = norm or (None, 0.0)
     block = 1024 if norm is None else triton.next_power_of_2(width)
     arranged_kernel[(tokens, triton.cdiv(width, block))](
-        arranged, x, gain, eps, WIDTH=width, PER=per, BLOCK=block, num_warps=max(4, min(16, block // 512))
+        arranged, x, gain, eps, WIDTH=width, SPAN=span, PER=per, BLOCK=block, num_warps=max(4, min(16, block // 512))
     )
     return arranged
 

@@ -96,8 +96,10 @@ def _spread(each, PLACES: tl.constexpr):
 
 
 @triton.jit
-def arranged_kernel(arranged, x, gain, eps, WIDTH: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each token the columns 0, PER, 2 * PER and so on, then 1, PER + 1 and so on; with a gain, whole and normed."""
+def arranged_kernel(
+    arranged, x, gain, eps, WIDTH: tl.constexpr, SPAN: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of every SPAN columns 0, PER, 2 * PER and so on, then 1, PER + 1 and so on; with a gain, whole and normed."""
     line = tl.program_id(0).to(tl.int64) * WIDTH
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(x + line + at, mask=at < WIDTH, other=0.0)
@@ -105,4 +107,5 @@ def arranged_kernel(arranged, x, gain, eps, WIDTH: tl.constexpr, PER: tl.constex
         exact = found.to(tl.float32)
         scale = tl.rsqrt(tl.sum(exact * exact, 0) / WIDTH + eps)
         found = (exact * scale * tl.load(gain + at, mask=at < WIDTH, other=0.0).to(tl.float32)).to(found.dtype)
-    tl.store(arranged + line + at % PER * (WIDTH // PER) + at // PER, found, mask=at < WIDTH)
+    place = at // SPAN * SPAN + at % PER * (SPAN // PER) + at % SPAN // PER
+    tl.store(arranged + line + place, found, mask=at < WIDTH)

@@ -90,6 +90,39 @@ def matrix(
     return Shape(rows, columns, warps=rows // 16, stages=stages, splits=splits), size
 
 
+WARPGROUPS = {
+    (2, 64): Tile(64, 256, 2, 1.4),
+    (2, 128): Tile(64, 128, 3, 1.4),
+    (1, 64): Tile(64, 128, 3, 1.9),
+    (1, 128): Tile(64, 64, 4, 1.4),
+}
+"""The same for warp groups (packed_warpgroup.py): two programs or three to a processor, of which one takes codes apart
+while another multiplies."""
+TALL = {
+    (2, 64): Tile(128, 128, 3, 1.5),
+    (2, 128): Tile(128, 128, 2, 1.5),
+    (1, 64): Tile(128, 128, 3, 1.5),
+    (1, 128): Tile(128, 64, 4, 1.5),
+}
+"""Twice the rows, which read x half as often: for weights that have enough of them without splits."""
+LEAST = 33
+"""Tokens from which warp groups are better."""
+
+
+@lru_cache(maxsize=1024)
+def warpgroup(tokens: int, outputs: int, width: int, per: int) -> tuple[Shape, int] | None:
+    """For several tokens on a Hopper GPU, and the tokens of a program; None: fewer, or no tile divides the width."""
+    size = 64 if tokens <= 64 else 128
+    tiles = -(-tokens // size)
+    tall = TALL[per, size]
+    enough = -(-outputs // tall.rows) * tiles >= PROCESSORS * tall.wanted
+    rows, columns, stages, wanted = tall if enough else WARPGROUPS[per, size]
+    if tokens < LEAST or width % columns:
+        return None
+    splits = _splits(-(-outputs // rows) * tiles, width // max(512, 2 * columns), least=int(PROCESSORS * wanted))
+    return Shape(rows, columns, warps=4, stages=stages, splits=splits), size
+
+
 def _splits(programs: int, most: int, least: int) -> int:
     """The fewest that give so many programs and leave few processors idle."""
     useful = [splits for splits in (1, 2, 4, 8) if splits <= max(most, 1)]

@@ -77,6 +77,11 @@ def test_prompts_are_computed_by_the_next_size() -> None:
     assert [prompt_graphs.covering(captured, tokens) for tokens in asked] == [64, 64, 128, 1024, 0, 0, 2048, 2048, 0]
 
 
+def test_a_size_that_takes_longer_than_a_larger_one_is_computed_by_that() -> None:
+    seconds = {1024: 9.0, 512: 4.0, 448: 6.0, 384: 3.9, 256: 5.0, 64: 2.0}
+    assert prompt_graphs.soonest(seconds) == {1024: 1024, 512: 512, 448: 512, 384: 384, 256: 384, 64: 64}
+
+
 def test_inputs_of_prompts_are_padded() -> None:
     cache = KVCache([LayerSpec(1, 8, 0)], 6, 4, torch.float32, torch.device("cpu"))
     inputs = prompt_graphs.Inputs(cache, 8, 3, 9)
@@ -104,6 +109,7 @@ def tokens(folder: Path, graphs: bool, depth: int, fused: bool) -> list[list[int
             decoder._graphs = {size: decoder._capture(size) for size in sizes(config.max_sequences)}
         with patch.object(decoders, "PromptGraph", UncapturedPrompt), patch.multiple(prompt_graphs, FINE=24, DENSE=8):
             decoder._capture_prompts()
+        assert decoder._prompts[16] is decoder._prompts[24] is not decoder._prompts[8]
     rng = random.Random(3)
     made = [
         sequence(
