@@ -158,3 +158,31 @@ def test_prompts_that_cannot_be_captured_are_computed_without(folder: Path) -> N
     assert made == [64, 24] and not decoder._prompts
     assert lines[-1] == "warm-up: prompts without graphs: operation not permitted when stream is capturing"
     assert decoder.step(prefill(5, 5, 4, 4)).token_ids.shape == (1,)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_capture_prompts_alike(folder: Path, fails: bool) -> None:
+    """What one of them cannot capture none does, and each size is the slowest rank's."""
+    lines: list[str] = []
+    rank, config = local(lines), settings(folder)
+    rank.open(config, 20)
+    decoder: Any = rank.decoder
+
+    def all_reduce(mine: torch.Tensor, op: Any) -> None:
+        assert op == torch.distributed.ReduceOp.MAX
+        other = [float(fails)] if len(mine) == 1 else [64.0, 90.0, 16.0, 8.0]  # of 64, 24, 16 and 8 tokens
+        mine.copy_(mine.maximum(torch.tensor(other)))
+
+    with (
+        patch.object(decoders, "PromptGraph", UncapturedPrompt),
+        patch.multiple(prompt_graphs, FINE=24, DENSE=8),
+        patch.object(decoder, "_world", 2),
+        patch.object(torch.distributed, "all_reduce", all_reduce),
+    ):
+        decoder._capture_prompts()
+    if fails:
+        assert not decoder._prompts
+        assert lines[-1] == "warm-up: prompts without graphs: another rank cannot capture them"
+    else:
+        assert decoder._prompts[24] is decoder._prompts[64] is not decoder._prompts[16]
+        assert lines[-1].startswith("warm-up: prompts of up to 64 tokens in ")
