@@ -46,9 +46,9 @@ def _programs(shape: Shape, product: Product) -> int:
 
 
 def _vectors() -> Iterator[Candidate]:
-    """A thread takes four words or eight of each of some rows, as floats or by bytes."""
-    for rows, warps, fours, way in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2), ("vector", "bytes")):
-        yield way, Shape(rows, 128 * warps * fours, warps, 1), 1
+    """A thread takes four words of each of some rows, straight to registers or ahead by way of shared memory."""
+    for rows, warps, stages in itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 3, 4)):
+        yield "vector", Shape(rows, 128 * warps, warps, stages), 1
 
 
 def _matrices(tokens: int, bits: int) -> Iterator[Candidate]:
@@ -119,8 +119,8 @@ def ruled(product: Product, scheme: Scheme, tokens: int) -> Candidate:
 def run(candidate: Candidate, x: Tensor, weight: Packed, activation: str | None) -> Tensor:
     """A gate is the vector kernel's business alone."""
     way, shape, size = candidate
-    if size == 1:
-        return packed.by_vector(shape, x, weight, None, None, None, activation, way == "bytes")
+    if way == "vector":
+        return packed.by_vector(shape, x, weight, None, None, None, activation)
     return (packed.by_warpgroup if way == "warpgroup" else packed.by_matrix)(shape, size, x, weight, None, None)
 
 

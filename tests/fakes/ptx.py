@@ -34,7 +34,7 @@ def played() -> Iterator[None]:
         builder.create_inline_asm = usual
 
 
-_STORED = {"fp32": np.float32, "bf16": np.uint16, "int32": np.int32}
+_STORED = {"fp32": np.float32, "bf16": np.uint16}
 """As the interpreter has them."""
 
 
@@ -86,31 +86,7 @@ def _logic(a: Any, b: Any, c: Any, table: Any) -> Any:
     return found
 
 
-def _bytes(word: Any) -> Any:
-    """[4, ...], the lowest first."""
-    return np.stack([word >> np.uint32(8 * at) & np.uint32(255) for at in range(4)])
-
-
-def _permuted(a: Any, b: Any, which: Any) -> Any:
-    """prmt: each byte of the result by its number among the eight of both."""
-    source, chosen = np.concatenate([_bytes(a), _bytes(b)]), int(which.flat[0])
-    found = np.zeros_like(a)
-    for at in range(4):
-        found |= source[chosen >> 4 * at & 7] << np.uint32(8 * at)
-    return found
-
-
-def _dot(a: Any, b: Any, sums: Any, signed: bool) -> Any:
-    """dp4a: four bytes without sign by four others."""
-    first, second = _bytes(a).astype(np.int64), _bytes(b).astype(np.int64)
-    second = np.where(second > 127, second - 256, second) if signed else second
-    return ((first * second).sum(0) + sums.view(np.int32)).astype(np.int32).view(np.uint32)
-
-
 _ONE = {
-    "prmt.b32": _permuted,
-    "dp4a.u32.u32": lambda a, b, c: _dot(a, b, c, signed=False),
-    "dp4a.u32.s32": lambda a, b, c: _dot(a, b, c, signed=True),
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, by: a >> by,
     "shl.b32": lambda a, by: a << by,

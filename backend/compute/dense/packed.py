@@ -81,9 +81,8 @@ def by_vector(
     residual: Tensor | None,
     norm: Norm | None,
     activation: str | None,
-    by_bytes: bool = False,
 ) -> Tensor:
-    """One token, in programs of this shape; `by_bytes`: integers of 16-bit inputs by dp4a (packed_bytes.py)."""
+    """One token, in programs of this shape."""
     _check(x, weight)
     outputs, width = weight.shape
     outputs = outputs if activation is None else outputs // 2
@@ -93,7 +92,7 @@ def by_vector(
         result, x, weight.codes.view(torch.int32), weight.scale, weight.offset, bias, residual, gain, eps, outputs,
         WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, WORDS=shape.columns, STAGES=shape.stages,
         LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides, ROUGH=not INTERPRETED,
-        ACTIVATION="" if activation is None else known(activation), BYTES=by_bytes, num_warps=shape.warps,
+        ACTIVATION="" if activation is None else known(activation), num_warps=shape.warps,
     )  # fmt: skip
     return result
 

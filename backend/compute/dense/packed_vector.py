@@ -13,20 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from backend.compute.dense.packed_bytes import fixed, meant, unit_of
 from backend.compute.dense.packed_codes import steps
 from backend.compute.dense.small_kernels import clamped, finish, kept, streamed
 
 
 @triton.jit
-def packed_vector_kernel(  # noqa: C901
+def packed_vector_kernel(
     result, x, codes, scale, offset, bias, residual, gain, eps, outputs,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
-    LEVELS: tl.constexpr, DIVIDES: tl.constexpr, ROUGH: tl.constexpr, ACTIVATION: tl.constexpr, BYTES: tl.constexpr,
+    LEVELS: tl.constexpr, DIVIDES: tl.constexpr, ROUGH: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """codes: int32, the bytes four at a time; WORDS of them of each row at once. No four words are in two groups.
 
-    ROUGH: see packed_codes.steps. BYTES: by integer dot products, packed_bytes.py.
+    ROUGH: see packed_codes.steps.
     """
     PER: tl.constexpr = 8 if LEVELS == 16 else 4
     EVEN: tl.constexpr = WIDTH % (WORDS * PER) == 0
@@ -57,26 +56,14 @@ def packed_vector_kernel(  # noqa: C901
             squares += tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 1)
             g0, g1, g2, g3 = _inputs(gain, start * PER, WIDTH, WORDS // 4, PER, EVEN)
             x0, x1, x2, x3 = x0 * g0, x1 * g1, x2 * g2, x3 * g3
-        if BYTES:
-            unit, many = unit_of(x0, x1, x2, x3)
-            f0, f1, f2, f3 = fixed(x0, many), fixed(x1, many), fixed(x2, many), fixed(x3, many)
-            q0, q1, q2, q3 = _fours(q)
-            found = meant(q0, q1, q2, q3, f0, f1, f2, f3, each, low, unit, offset is None, LEVELS)
-            if ACTIVATION == "":
-                sums += found
-            else:
-                gate_sums += found
-                q0, q1, q2, q3 = _fours(more_q)
-                sums += meant(q0, q1, q2, q3, f0, f1, f2, f3, more_each, more_low, unit, offset is None, LEVELS)
+        alone = tl.sum(x0 + x1 + x2 + x3, 1)[None, :]
+        found = _meant(_dots(q, x0, x1, x2, x3, LEVELS), alone, each, low, offset is None, LEVELS)
+        if ACTIVATION == "":
+            sums += found
         else:
-            alone = tl.sum(x0 + x1 + x2 + x3, 1)[None, :]
-            found = _meant(_dots(q, x0, x1, x2, x3, LEVELS), alone, each, low, offset is None, LEVELS)
-            if ACTIVATION == "":
-                sums += found
-            else:
-                gate_sums += found
-                dots = _dots(more_q, x0, x1, x2, x3, LEVELS)
-                sums += _meant(dots, alone, more_each, more_low, offset is None, LEVELS)
+            gate_sums += found
+            dots = _dots(more_q, x0, x1, x2, x3, LEVELS)
+            sums += _meant(dots, alone, more_each, more_low, offset is None, LEVELS)
     norm = 1.0
     if gain is not None:
         norm = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
@@ -135,15 +122,6 @@ def _inputs(x, start, WIDTH: tl.constexpr, FOURS: tl.constexpr, PER: tl.constexp
     x2 = kept(x + at + 2 * PER, at + 2 * PER < WIDTH, EVEN).to(tl.float32)
     x3 = kept(x + at + 3 * PER, at + 3 * PER < WIDTH, EVEN).to(tl.float32)
     return x0, x1, x2, x3
-
-
-@triton.jit
-def _fours(q):
-    """[rows, words] -> each four words' first, second, third and fourth, [rows, fours]"""
-    even, odd = tl.split(tl.reshape(q, [q.shape[0], q.shape[1] // 4, 2, 2]))
-    q0, q2 = tl.split(even)
-    q1, q3 = tl.split(odd)
-    return q0, q1, q2, q3
 
 
 @triton.jit
