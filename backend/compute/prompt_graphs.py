@@ -38,7 +38,10 @@ FINE, DENSE = 1024, 64
 """Up to so many tokens one graph every DENSE; beyond, where the device is the slower, one of the whole budget."""
 
 TIMED = 3
-"""Times that each graph is replayed for it."""
+"""Replays of which the fastest is how long a graph takes."""
+WORTH = 0.05
+"""Share of its time for which another graph is taken: less is noise, and the next start might choose otherwise, whose
+results are rounded otherwise."""
 
 
 def sizes(budget: int) -> list[int]:
@@ -52,12 +55,17 @@ def covering(captured: Iterable[int], tokens: int) -> int:
 
 
 def soonest(seconds: dict[int, float]) -> dict[int, int]:
-    """For each size the one to compute it by, itself or a larger one that takes less time.
+    """For each size the one to compute it by: itself, or a larger one that takes WORTH less time.
 
     Libraries choose programs by the number of tokens, and not always well: cuBLAS 13 multiplies 448 tokens by an 8B
     model's layers in 13.8 ms on an H200, 512 in 11.5.
     """
-    return {size: min((other for other in seconds if other >= size), key=seconds.__getitem__) for size in seconds}
+
+    def best(size: int) -> int:
+        found = min((other for other in seconds if other >= size), key=seconds.__getitem__)
+        return found if seconds[found] < (1 - WORTH) * seconds[size] else size
+
+    return {size: best(size) for size in seconds}
 
 
 class Inputs:
