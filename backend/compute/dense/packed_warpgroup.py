@@ -3,6 +3,9 @@
 As in packed_matrix.py a program makes codes weights in the registers from which tensor cores take them, so that nothing
 changes threads. OpenAI Triton waits behind each product of such a factor; here the codes of the next are taken apart
 while it runs. Codes and inputs come by TMA, some tiles ahead. The kernel knows no rule that shapes it.
+
+A product under way still reads its registers, which ptxas does not always keep from others: whoever changes when this
+one waits, reads the machine code again (tests/backend/compute/test_packed_registers.py).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
