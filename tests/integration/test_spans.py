@@ -12,7 +12,8 @@ from backend import repository
 
 pytestmark = pytest.mark.server
 
-TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACES = {f"mine-{number}": f"0af7651916cd43dd8448eb211c80319{number}" for number in range(3)}
+"""The callers', by their requests' names."""
 NAMES = ["queue", "prefill", "decode", "send"]
 
 
@@ -46,20 +47,42 @@ def spans_of(bodies, service):
     return [span for each in own for scope in each["scopeSpans"] for span in scope["spans"]]
 
 
+def traced(server, collector, name):
+    """Our spans of a request with its caller's trace, once Triton's have come below which they are."""
+    asked = iter([request("tiny", "the secret", name=name, max_tokens=4, ignore_eos=True)])
+    headers = [("traceparent", f"00-{TRACES[name]}-b7ad6b7169203331-01")]
+    assert answers(server.stub.ModelStreamInfer(asked, timeout=60, metadata=headers))
+
+    def ours():
+        return [span for span in spans_of(collector.bodies, '"tritonspeed"') if name in json.dumps(span["attributes"])]
+
+    spans = eventually(ours, 20)
+    traces, parents = {span["traceId"].lower() for span in spans}, {span["parentSpanId"] for span in spans}
+
+    def theirs():
+        found = spans_of(collector.bodies, "triton-inference-server")
+        same = [span for span in found if span["traceId"].lower() in traces]
+        return same if parents <= {span["spanId"].lower() for span in same} else []
+
+    assert eventually(theirs, 20)
+    return spans
+
+
 def test_one_trace_holds_tritons_span_and_ours(tmp_path, tiny, collector):
+    """Triton 2.51 has once, in some 50 runs on busy cores, begun a trace of its own in spite of the caller's header:
+    ours were in it then too, and other requests must be in the caller's.
+    """
     (tmp_path / "repository").mkdir()
     repository.write(tmp_path / "repository", "generate", "tiny", {"model": str(tiny), "max_model_len": "512"})
     url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    joined = 0
     with running(tmp_path / "served", tmp_path / "repository", f"--otel={url}") as server:
-        asked = iter([request("tiny", "the secret", name="mine", max_tokens=4, ignore_eos=True)])
-        headers = [("traceparent", f"00-{TRACE}-b7ad6b7169203331-01")]
-        assert answers(server.stub.ModelStreamInfer(asked, timeout=60, metadata=headers))
-        spans = eventually(lambda: spans_of(collector.bodies, '"tritonspeed"'), 20)
-        theirs = eventually(lambda: spans_of(collector.bodies, "triton-inference-server"), 20)
-    assert [span["name"].removeprefix("tritonspeed.") for span in spans] == NAMES
-    assert {span["traceId"].lower() for span in [*spans, *theirs]} == {TRACE}
-    assert {span["parentSpanId"] for span in spans} <= {span["spanId"].lower() for span in theirs}
-    assert all(one["endTimeUnixNano"] == other["startTimeUnixNano"] for one, other in pairwise(spans))
-    named = [{each["key"]: each["value"]["stringValue"] for each in span["attributes"]} for span in spans]
-    assert named == [{"model": "tiny", "request_id": "mine"}] * 4
+        for name, trace in TRACES.items():
+            spans = traced(server, collector, name)
+            joined += {span["traceId"].lower() for span in spans} == {trace}
+            assert [span["name"].removeprefix("tritonspeed.") for span in spans] == NAMES
+            assert all(one["endTimeUnixNano"] == other["startTimeUnixNano"] for one, other in pairwise(spans))
+            named = [{each["key"]: each["value"]["stringValue"] for each in span["attributes"]} for span in spans]
+            assert named == [{"model": "tiny", "request_id": name}] * 4
+    assert joined >= 2
     assert not any(b"secret" in body for body in collector.bodies)
