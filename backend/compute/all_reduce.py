@@ -116,6 +116,11 @@ def agreed(mine: bool, device: torch.device) -> bool:
     return bool(every.item())
 
 
+def agree(world: int, device: torch.device, could: bool) -> bool:
+    """Whether all ranks could; graphs that talk to each other must be replayed by all or by none."""
+    return could if world == 1 else agreed(could, device)
+
+
 def room(world: int, itemsize: int) -> int:
     """Values of the largest part, in whole vectors."""
     return (PAIR if world == 2 else SENT // (world - 1)) // itemsize // 16 * 16

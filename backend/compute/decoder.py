@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backend.checkpoint import dtype_name
 from backend.compute import blocks, norms, onednn, prompt_graphs, rope_table
+from backend.compute.all_reduce import agree
 from backend.compute.attention import reference
 from backend.compute.attention.families import length_limit
 from backend.compute.attention.step import Step
@@ -264,7 +265,7 @@ class Decoder:
                 self._prompts[size] = PromptGraph(forward, inputs, step, places, self._pool)
         except RuntimeError as error:  # code that waits for the device, say: then Python launches each kernel
             reason = " ".join(str(error).split())[:200]
-        if self._most([float(bool(reason))])[0]:
+        if not agree(self._world, self._device, not reason):
             self._prompts.clear()
             self._progress(f"warm-up: prompts without graphs: {reason or 'another rank cannot capture them'}")
             return

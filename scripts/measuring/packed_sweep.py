@@ -121,7 +121,7 @@ def run(candidate: Candidate, x: Tensor, weight: Packed, activation: str | None)
     way, shape, size = candidate
     if way == "vector":
         return packed.by_vector(shape, x, weight, None, None, None, activation)
-    return (packed.by_warpgroup if way == "warpgroup" else packed.by_matrix)(shape, size, x, weight, None, None)
+    return packed.by_matrix(shape, size, x, weight, None, None, warpgroups=way == "warpgroup")
 
 
 def _compile(product: Product, scheme: Scheme, tokens: int, tried: list[Candidate]) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,10 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = (
     [] if INTERPRETED else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]
 )
+sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
+
+from codes import exact  # noqa: E402
+
 from backend.compute.dense import kernels, packed, packed_full, packed_shape  # noqa: E402
 from backend.compute.dense.shape import Shape  # noqa: E402
 
@@ -48,13 +54,6 @@ def exact_products() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def exact(weight: Packed) -> Tensor:
-    """What the codes mean, rounded nowhere: scale and offset as they are stored, the rest float64."""
-    codes, scale = weight._codes().double(), weight.scale.double()[..., None]
-    grouped = codes / scale if weight.divides else codes * scale
-    return (grouped if weight.offset is None else grouped + weight.offset.double()[..., None]).flatten(1)
 
 
 def close(result: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:

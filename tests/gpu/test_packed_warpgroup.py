@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +12,10 @@ from torch import Tensor
 from backend.compute.quantized.packed import Packed, Scheme, pack
 
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "fakes"))
+
+from codes import exact
+
 from backend.compute.dense import packed, packed_shape
 from backend.compute.dense.shape import Shape
 
@@ -45,13 +52,6 @@ def made(scheme: Scheme, tokens: int, outputs: int, width: int) -> tuple[Tensor,
     return random(tokens, width), pack((random(outputs, width) * sizes).bfloat16(), scheme)
 
 
-def meant(weight: Packed) -> Tensor:
-    """What the codes mean, rounded nowhere."""
-    codes, scale = weight._codes().double(), weight.scale.double()[..., None]
-    grouped = codes / scale if weight.divides else codes * scale
-    return (grouped if weight.offset is None else grouped + weight.offset.double()[..., None]).flatten(1)
-
-
 def relative(found: Tensor, expected: Tensor) -> float:
     assert found.isfinite().all()
     return float((found.double() - expected).abs().max() / expected.abs().max())
@@ -68,11 +68,14 @@ def test_programs_of_every_form(scheme: Scheme, shape: Shape, size: int) -> None
     tokens, outputs, width = size + 9, 328, 1024
     x, weight = made(scheme, tokens, outputs, width)
     gain, bias, residual = random(width), random(outputs), random(tokens, outputs)
-    plain = packed.by_warpgroup(shape, size, x, weight, None, None)
-    assert relative(plain, x.double() @ meant(weight).T) < FEWER
+    plain = packed.by_matrix(shape, size, x, weight, None, None, warpgroups=True)
+    assert relative(plain, x.double() @ exact(weight).T) < FEWER
     normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain.double()
-    runs = [packed.by_warpgroup(shape, size, x, weight, bias, residual.clone(), (gain, 1e-5)) for _ in range(2)]
-    assert relative(runs[0], normed @ meant(weight).T + bias.double() + residual.double()) < FEWER
+    runs = [
+        packed.by_matrix(shape, size, x, weight, bias, residual.clone(), (gain, 1e-5), warpgroups=True)
+        for _ in range(2)
+    ]
+    assert relative(runs[0], normed @ exact(weight).T + bias.double() + residual.double()) < FEWER
     assert torch.equal(*runs)
 
 
@@ -83,10 +86,10 @@ def test_each_column_alone_gives_its_weights(scheme: Scheme) -> None:
     for start in range(0, 1024, 64):
         x = torch.zeros(64, 1024, device="cuda", dtype=torch.bfloat16)
         x[:, start : start + 64] = torch.eye(64, device="cuda", dtype=torch.bfloat16)
-        found = packed.by_warpgroup(Shape(64, 128, 4, 3), 64, x, weight, None, None)
+        found = packed.by_matrix(Shape(64, 128, 4, 3), 64, x, weight, None, None, warpgroups=True)
         torch.testing.assert_close(
             found.t().double(),
-            meant(weight)[:, start : start + 64],
+            exact(weight)[:, start : start + 64],
             rtol=1e-2,
             atol=1e-2 * float(weight.full().abs().max()),
         )
@@ -100,4 +103,4 @@ def test_what_serves(scheme: Scheme, tokens: int, outputs: int, width: int) -> N
     if packed.scales(x, weight):
         pytest.skip("rounds activations")
     assert packed_shape.warpgroup(tokens, outputs, width, 8 // scheme.bits)
-    assert relative(packed.product(x, weight, None), x.double() @ meant(weight).T) < FEWER
+    assert relative(packed.product(x, weight, None), x.double() @ exact(weight).T) < FEWER

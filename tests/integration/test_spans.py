@@ -64,7 +64,7 @@ def traced(server, collector, name):
         same = [span for span in found if span["traceId"].lower() in traces]
         return same if parents <= {span["spanId"].lower() for span in same} else []
 
-    assert eventually(theirs, 20)
+    assert len(traces) == 1 and eventually(theirs, 20)
     return spans
 
 

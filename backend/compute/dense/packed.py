@@ -103,7 +103,7 @@ def several(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | N
     per = 8 // weight.scheme.bits
     cut = warpgroup(len(x), outputs, width, per)
     if cut and x.dtype is torch.bfloat16 and warpgroups_multiply(x.device):
-        return by_warpgroup(*cut, x, weight, bias, residual, norm)
+        return by_matrix(*cut, x, weight, bias, residual, norm, warpgroups=True)
     cut = matrix(len(x), outputs, width, weight.scheme.columns(width), per, x.itemsize, _room(x.device))
     return by_matrix(*cut, x, weight, bias, residual, norm)
 
@@ -116,44 +116,45 @@ def by_matrix(
     bias: Tensor | None,
     residual: Tensor | None,
     norm: Norm | None = None,
+    warpgroups: bool = False,
 ) -> Tensor:
-    """Several tokens, in programs of this shape for `size` tokens each."""
-    _check(x, weight)
-    (outputs, width), tokens = weight.shape, len(x)
-    result, sums = _place(x, outputs, residual), _shares(shape, x, outputs)
-    packed_matrix_kernel[(triton.cdiv(outputs, shape.rows), shape.splits, triton.cdiv(tokens, size))](
-        result, sums, _arranged(x, 16 // weight.scheme.bits, width, norm), weight.codes.view(torch.int16), weight.scale,
-        weight.offset, bias, residual, outputs, tokens,
-        WIDTH=width, GROUP=weight.scheme.columns(width), ROWS=shape.rows, COLUMNS=shape.columns, TOKENS=size,
-        STAGES=shape.stages, SPLITS=shape.splits, LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides,
-        PAIRED=x.dtype == torch.bfloat16 and not INTERPRETED,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=shape.warps,
-    )  # fmt: skip
-    return _joined(result, sums, bias, residual)
+    """Several tokens, in programs of this shape for `size` tokens each.
 
-
-def by_warpgroup(
-    shape: Shape,
-    size: int,
-    x: Tensor,
-    weight: Packed,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm: Norm | None = None,
-) -> Tensor:
-    """The same on a Hopper GPU, of bfloat16; the shape's columns divide the width."""
+    `warpgroups`: by a Hopper GPU's, of bfloat16; the shape's columns then divide the width.
+    """
     _check(x, weight)
     (outputs, width), tokens = weight.shape, len(x)
     group, per = weight.scheme.columns(width), 16 // weight.scheme.bits
-    result, sums = _place(x, outputs, residual), _shares(shape, x, outputs)
-    packed_warpgroup_kernel[(triton.cdiv(outputs, shape.rows), shape.splits, triton.cdiv(tokens, size))](
-        result, sums, _tiled(_arranged(x, per, shape.columns, norm), size, shape.columns),
-        _tiled(weight.codes.view(torch.int16), shape.rows, shape.columns // per), weight.scale, weight.offset,
-        bias, residual, outputs, tokens, width // shape.columns, width // group, shape.splits,
-        GROUP=0 if group == width else group, ROWS=shape.rows, COLUMNS=shape.columns, TOKENS=size, STAGES=shape.stages,
-        LEVELS=LEVELS[weight.scheme.kind], DIVIDES=weight.divides, num_warps=shape.warps,
-    )  # fmt: skip
-    return _joined(result, sums, bias, residual)
+    result = _place(x, outputs, residual)
+    sums = None
+    if shape.splits > 1:
+        sums = torch.empty(shape.splits, tokens, outputs, dtype=torch.float32, device=x.device)
+    arranged = _arranged(x, per, shape.columns if warpgroups else width, norm)
+    codes = weight.codes.view(torch.int16)
+    grid = (triton.cdiv(outputs, shape.rows), shape.splits, triton.cdiv(tokens, size))
+    others = (weight.scale, weight.offset, bias, residual, outputs, tokens)
+    constants = {
+        "ROWS": shape.rows, "COLUMNS": shape.columns, "TOKENS": size, "STAGES": shape.stages,
+        "LEVELS": LEVELS[weight.scheme.kind], "DIVIDES": weight.divides, "num_warps": shape.warps,
+    }  # fmt: skip
+    if warpgroups:
+        packed_warpgroup_kernel[grid](
+            result, sums, _tiled(arranged, size, shape.columns), _tiled(codes, shape.rows, shape.columns // per),
+            *others, width // shape.columns, width // group, shape.splits,
+            GROUP=0 if group == width else group, **constants,
+        )  # fmt: skip
+    else:
+        packed_matrix_kernel[grid](
+            result, sums, arranged, codes, *others, WIDTH=width, GROUP=group, SPLITS=shape.splits,
+            PAIRED=x.dtype == torch.bfloat16 and not INTERPRETED,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", **constants,
+        )  # fmt: skip
+    if sums is not None:
+        join_kernel[(triton.cdiv(outputs, 512), tokens)](
+            result, sums, None, bias, residual, 0.0, outputs,
+            WIDTH=width, SPLITS=shape.splits, ACTIVATION="", BLOCK=512,
+        )  # fmt: skip
+    return result
 
 
 def _tiled(matrix: Tensor, rows: int, columns: int) -> Any:
@@ -163,33 +164,16 @@ def _tiled(matrix: Tensor, rows: int, columns: int) -> Any:
 
 @lru_cache
 def warpgroups_multiply(device: torch.device) -> bool:
-    """Whether by_warpgroup can be had: a Hopper GPU, and a Gluon that understands the kernel."""
+    """Whether a Hopper GPU is there, and a Gluon that understands the kernel."""
     if packed_warpgroup_kernel is None or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     weight = pack(torch.ones(64, 256, dtype=torch.bfloat16, device=device), Scheme("int8", 64))
     try:
-        by_warpgroup(Shape(64, 128, 4, 2, 1), 64, weight.full(), weight, None, None)
+        by_matrix(Shape(64, 128, 4, 2, 1), 64, weight.full(), weight, None, None, warpgroups=True)
     except Exception as error:
         log.warning("products with packed weights without warp groups: %s", " ".join(str(error).split())[:300])
         return False
     return True
-
-
-def _shares(shape: Shape, x: Tensor, outputs: int) -> Tensor | None:
-    """Room for what each of several programs adds to the same results."""
-    if shape.splits == 1:
-        return None
-    return torch.empty(shape.splits, len(x), outputs, dtype=torch.float32, device=x.device)
-
-
-def _joined(result: Tensor, sums: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Filled by the shares, where there are any."""
-    if sums is not None:
-        splits, tokens, outputs = sums.shape
-        join_kernel[(triton.cdiv(outputs, 512), tokens)](
-            result, sums, None, bias, residual, 0.0, outputs, WIDTH=0, SPLITS=splits, ACTIVATION="", BLOCK=512
-        )
-    return result
 
 
 def _check(x: Tensor, weight: Packed) -> None:

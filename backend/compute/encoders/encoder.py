@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backend.compute import onednn
+from backend.compute.all_reduce import agree
 from backend.compute.decoder import dtype_of
 from backend.compute.encoders.attention import packable
 from backend.compute.encoders.buckets import usual
-from backend.compute.encoders.graphs import Capture, agree
+from backend.compute.encoders.graphs import Capture
 from backend.compute.encoders.inputs import Inputs
 from backend.compute.encoders.load import load_encoder
 from backend.compute.encoders.packing import Packing

@@ -170,12 +170,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def agree(world: int, device: torch.device, could: bool) -> bool:
-    """Whether all ranks could; graphs that talk to each other must be replayed by all or by none."""
-    if world == 1:
-        return could
-    every = torch.tensor(int(could), device=device)
-    torch.distributed.all_reduce(every, op=torch.distributed.ReduceOp.MIN)
-    return bool(every.item())

@@ -5,9 +5,10 @@ import logging
 import numpy as np
 import torch
 
+from backend.compute.all_reduce import agree
 from backend.compute.encoders import graphs as encoder_graphs
 from backend.compute.encoders.buckets import Bucket
-from backend.compute.encoders.graphs import StackGraphs, agree
+from backend.compute.encoders.graphs import StackGraphs
 
 
 class Doubling:

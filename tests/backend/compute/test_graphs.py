@@ -170,9 +170,11 @@ def test_ranks_capture_prompts_alike(folder: Path, fails: bool) -> None:
     decoder: Any = rank.decoder
 
     def all_reduce(mine: torch.Tensor, op: Any) -> None:
-        assert op == torch.distributed.ReduceOp.MAX
-        other = [float(fails)] if len(mine) == 1 else [64.0, 90.0, 16.0, 8.0]  # of 64, 24, 16 and 8 tokens
-        mine.copy_(mine.maximum(torch.tensor(other)))
+        if op == torch.distributed.ReduceOp.MIN:  # whether all could
+            mine.fill_(min(int(mine), int(not fails)))
+        else:
+            assert op == torch.distributed.ReduceOp.MAX
+            mine.copy_(mine.maximum(torch.tensor([64.0, 90.0, 16.0, 8.0])))  # of 64, 24, 16 and 8 tokens
 
     with (
         patch.object(decoders, "PromptGraph", UncapturedPrompt),
