@@ -1,6 +1,7 @@
 """classify, qa and text_to_image on their samples, the other tasks on tiny models, through a real tritonserver and our
 client: the answers are right, and those of the libraries."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -124,14 +126,29 @@ def executions(server, task):
 
 @pytest.mark.parametrize("task", ["rerank", "zero_shot_image"])
 def test_requests_with_lists_of_different_lengths_are_gathered(server, task):
-    """Neighbours differ: without allow_ragged_batch the dynamic batcher executes each alone."""
-    first = "the cat" if task == "rerank" else Image.new("RGB", (50, 37), "red")
+    """Neighbours differ: without allow_ragged_batch the dynamic batcher executes each alone.
+
+    They are sent behind large requests, which a stub of any speed reads for longer than these take to arrive.
+    """
+    first, large = "the cat", (["the cat sat on it " * 40] * 256,)
+    if task == "zero_shot_image":
+        first, large = Image.new("RGB", (50, 37), "red"), (["a cat"],)
     lists = [[f"a dog {at}" for at in range(1 + number % 7)] for number in range(64)]
     before = executions(server, task)
-    with server.of(task) as pipe, ThreadPoolExecutor(64) as pool:
+    with server.of(task) as pipe, ThreadPoolExecutor(80) as pool:
+        slow = [pool.submit(pipe, speckled() if task == "zero_shot_image" else first, *large) for _ in range(12)]
         found = [*pool.map(lambda texts: pipe(first, texts), lists)]
+        assert all(each.result() for each in slow)
     assert [len(each) for each in found] == [len(texts) for texts in lists]
     assert executions(server, task) - before < 32
+
+
+@cache
+def speckled():
+    """The content of an image of four megapixels, slow to decode."""
+    content = io.BytesIO()
+    Image.effect_noise((2048, 2048), 80).convert("RGB").save(content, "JPEG")
+    return content.getvalue()
 
 
 def test_every_task_has_inputs_for_perf_analyzer():
