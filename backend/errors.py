@@ -68,4 +68,9 @@ def serving(error: BaseException) -> ServingError:
     """Any failure as one that has a status: what is not ours is named by its class, in one line."""
     if isinstance(error, ServingError):
         return error
-    return ServingError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    return ServingError(f"{type(error).__name__}: {one_line(error, 500)}")
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What it says, at most so many characters of it, or its class where it says nothing: never empty."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

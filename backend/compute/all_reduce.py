@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from backend.compute.dense.base import ops
+from backend.errors import one_line
 
 Made = TypeVar("Made")
 
@@ -143,7 +144,7 @@ def _tried(make: Callable[[], Made]) -> tuple[Made | None, str]:
     try:
         return make(), "another rank cannot"
     except Exception as error:  # whatever torch and the driver say of a host without peer access
-        return None, " ".join(str(error).split())[:200] or type(error).__name__
+        return None, one_line(error)
 
 
 def _inbox(sizes: tuple[int, ...], values: torch.dtype, rank: int, device: torch.device) -> Tensor:

@@ -33,7 +33,7 @@ from backend.compute.tensor_parallel import VocabParallelHead, join
 from backend.compute.upload import download, upload
 from backend.config import DTYPES, EngineConfig
 from backend.devices import free_host_memory, gib
-from backend.errors import LoadError
+from backend.errors import LoadError, one_line
 from backend.generation.capacity import Capacity
 from backend.generation.plan import LAST_TOKEN, Ints, Plan, Sampled, Sampling
 from backend.model_folder import Checkpoint, resolve
@@ -264,7 +264,7 @@ class Decoder:
                 inputs = prompt_graphs.Inputs(self._cache, size, min(size, config.max_sequences), len(self._last) - 1)
                 self._prompts[size] = PromptGraph(forward, inputs, step, places, self._pool)
         except RuntimeError as error:  # code that waits for the device, say: then Python launches each kernel
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
         if not agree(self._world, self._device, not reason):
             self._prompts.clear()
             self._progress(f"warm-up: prompts without graphs: {reason or 'another rank cannot capture them'}")

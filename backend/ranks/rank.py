@@ -23,7 +23,7 @@ from typing import Any
 
 from backend.blame import places, tell
 from backend.config import EngineConfig
-from backend.errors import ServingError
+from backend.errors import ServingError, one_line
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ Deferred = Callable[[], Any]
 
 ROOM = 1 << 16
 """Bytes that the socket takes in any case."""
+
+LONGEST = 2000
+"""Characters of a failure's message."""
 
 LOADING = frozenset({"capacity", "allocate", "warm_up"})
 """Questions of the start, which hold nothing that callers sent; all others may."""
@@ -121,19 +124,18 @@ def attempt(question: Callable[[], Any], quotes: bool = False) -> tuple[str, Any
     try:
         return "ok", question()
     except Exception as error:
-        return "error", (type(error).__name__, _told(error, quotes)[:2000])
+        return "error", (type(error).__name__, _told(error, quotes)[:LONGEST])
 
 
 def _told(error: Exception, quotes: bool) -> str:
     """In one line."""
-    name, message = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, ServingError):
-        return message or name
+        return one_line(error, LONGEST)
     if quotes:
         tell(log, "a question failed", error)
         return places(error)
     traceback.print_exc()
-    return f"{name}: {message}" if message else name
+    return f"{type(error).__name__}: {one_line(error, LONGEST)}"
 
 
 def die_with(parent: int) -> None:

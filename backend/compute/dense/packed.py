@@ -29,6 +29,7 @@ from backend.compute.dense.packed_vector import packed_vector_kernel
 from backend.compute.dense.shape import Shape
 from backend.compute.dense.small_kernels import join_kernel
 from backend.compute.quantized.packed import Packed, Scheme, pack
+from backend.errors import one_line
 
 try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -171,7 +172,7 @@ def warpgroups_multiply(device: torch.device) -> bool:
     try:
         by_matrix(Shape(64, 128, 4, 2, 1), 64, weight.full(), weight, None, None, warpgroups=True)
     except Exception as error:
-        log.warning("products with packed weights without warp groups: %s", " ".join(str(error).split())[:300])
+        log.warning("products with packed weights without warp groups: %s", one_line(error))
         return False
     return True
 

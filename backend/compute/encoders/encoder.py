@@ -29,7 +29,7 @@ from backend.compute.room import Room
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.encoders import longest
-from backend.errors import ServingError
+from backend.errors import ServingError, one_line
 from backend.model_folder import Checkpoint, resolve
 from backend.ranks.rank import Birth, Deferred
 from backend.tasks import find
@@ -112,7 +112,7 @@ class Encoder:
         try:
             found = distance(compute(), before)
         except (RuntimeError, TypeError) as error:
-            return " ".join(str(error).split())[:200]
+            return one_line(error)
         return "" if found < PARTS else f"the result differs by {found:.3g}"
 
     def _prove(self) -> float:

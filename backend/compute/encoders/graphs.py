@@ -20,6 +20,7 @@ from torch import Tensor
 from backend.compute.capture import capturing
 from backend.compute.encoders.attention import Spread
 from backend.compute.encoders.buckets import Bucket
+from backend.errors import one_line
 from backend.tasks.text import stepped
 
 MOST = 256
@@ -134,7 +135,7 @@ class StackGraphs:
         try:
             return self._capture(compute), ""
         except RuntimeError as error:
-            return None, " ".join(str(error).split())[:200]
+            return None, one_line(error)
 
 
 class Capture:

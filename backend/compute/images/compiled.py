@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from backend.compute.images.graphs import signature
 from backend.compute.images.pipeline import denoiser_of
+from backend.errors import one_line
 
 TOLERANCE = 0.05
 """Compiled against plain in half precision, relative to the largest value; a wrong kernel shows as far more."""
@@ -128,7 +129,7 @@ class Compiled:
                 self._any_rows = False
                 values, named = tree_map(_unmarked, (values, named))
                 return self._trial(rows, values, named, usual)
-            return " ".join(str(error).split())[:300] or type(error).__name__
+            return one_line(error, 300)
         return "" if difference < TOLERANCE else f"its result differs by {difference:.3g}"
 
 

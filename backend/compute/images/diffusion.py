@@ -27,7 +27,7 @@ from backend.compute.images.witness import Witness, watching
 from backend.compute.tensor_parallel import join
 from backend.compute.upload import download
 from backend.config import EngineConfig
-from backend.errors import InvalidInput, LoadError, ServingError
+from backend.errors import InvalidInput, LoadError, ServingError, one_line
 from backend.model_folder import resolve
 from backend.ranks.rank import Birth
 from backend.tasks.text import Ready
@@ -142,7 +142,7 @@ class Diffusion:
             own = range(self._rank, count, self._world)
             return self._draw(part(batch, own), own, count) if own else [None] * count
         except ValueError as error:  # diffusers refuses arguments so; the pipeline goes on
-            return [InvalidInput(" ".join(str(error).split())[:500])] * count
+            return [InvalidInput(one_line(error, 500))] * count
         except torch.OutOfMemoryError:
             if meets:  # the others may wait for this rank's part, and would take the next batch's for it
                 raise
