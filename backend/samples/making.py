@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from backend.errors import LoadError
@@ -23,14 +22,21 @@ def is_made(sample: Sample, folder: Path) -> bool:
 
 
 def make(sample: Sample, base: Path | None, folder: Path, line: int = 0) -> None:
-    """Builds it beside the folder and moves it there once done. Its progress is drawn on that line of the terminal."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        built = Path(scratch, "built")
-        built.mkdir()
-        _build(sample, base, Path(scratch), built, line)
+    """Builds it beside the folder and moves it there once done. Its progress is drawn on that line of the terminal.
+
+    To be called by one at a time: what a killed one has left is removed.
+    """
+    scratch = folder.with_name(f".{folder.name}.part")
+    built = scratch / "built"
+    shutil.rmtree(scratch, ignore_errors=True)
+    built.mkdir(parents=True)
+    try:
+        _build(sample, base, scratch, built, line)
         (built / STAMP).write_text(f"{sample.mark}\n")
         shutil.rmtree(folder, ignore_errors=True)
         built.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     _say(sample, f"ready in {folder}")
 
 

@@ -84,6 +84,15 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(made, cache,
     assert (samples.fetch("tiny") / "config.json").read_text() == "{}"
 
 
+def test_what_a_killed_one_has_left_is_removed(made, cache):
+    left = cache / "models" / ".tiny.part" / "built"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{")
+    folder = samples.fetch("tiny")
+    assert sorted(path.name for path in folder.iterdir()) == [samples.STAMP, "config.json"]
+    assert not left.parent.exists()
+
+
 def test_another_version_is_made_again(made, cache, monkeypatch):
     (samples.fetch("tiny") / "stale").touch()
     monkeypatch.setitem(samples.SAMPLES, "tiny", replace(TINY, version=2))
