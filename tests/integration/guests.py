@@ -6,6 +6,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import psutil
+from waiting import eventually
 
 from backend import repository
 
@@ -51,3 +52,8 @@ def metrics(served):
 
 def counter(served, name, model):
     return next((v for key, v in metrics(served).items() if re.match(rf'{name}{{.*model="{model}"', key)), 0.0)
+
+
+def queued(served, count, model="single"):
+    """Waits until so many sequences wait to run."""
+    eventually(lambda: counter(served, "vllm:num_requests_waiting", model) == count)

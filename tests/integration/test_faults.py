@@ -7,6 +7,7 @@ import time
 import grpc
 import psutil
 import pytest
+from guests import queued
 from serving import Served, answers, eventually, failure, gone, request
 
 from backend import repository
@@ -48,7 +49,7 @@ def test_a_rank_killed_in_mid_stream(served, restarted):
     running = served.ask(request("single", "the", stream=True, **LONG))
     next(running)
     waiting = [served.ask(request("single", "the quick", max_tokens=5, temperature=0.0)) for _ in range(2)]
-    time.sleep(0.5)  # they wait behind it
+    queued(served, 2)
     (rank,) = served.family("single")[1]
     errors = []
     thread = threading.Thread(target=heard, args=(running, errors))

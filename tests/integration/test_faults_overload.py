@@ -66,7 +66,7 @@ def test_ten_thousand_at_once(served):
 
 
 def test_a_deadline_in_prefill(served):
-    """A quarter of the time that a prompt of 8,000 tokens takes to its first token: none has come, nothing runs on."""
+    """An eighth of the time that a prompt of 8,000 tokens takes to its first token: none has come, nothing runs on."""
 
     def prompt(token, limit):
         given = {"input_ids": [token] * 8000, "max_tokens": 1, "stream": True}
@@ -74,7 +74,7 @@ def test_a_deadline_in_prefill(served):
 
     begin = time.monotonic()
     assert len(answers(prompt(5, 60_000_000))) == 1
-    limit = (time.monotonic() - begin) / 4
+    limit = (time.monotonic() - begin) / 8
     assert failure(prompt(6, int(limit * 1e6))).startswith("DeadlineExceeded: ")
     with served.pipeline("single", retries=0) as pipe:
         assert pipe("fox", max_tokens=2, ignore_eos=True, timeout=15).num_output_tokens == 2

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
+from guests import queued
 from serving import answers, eventually, failure, finals, request
 
 from client import Cancelled, DeadlineExceeded, Error, Overloaded
@@ -67,7 +68,7 @@ def waiting():
 def test_overload(served, idle, pipe):
     """One runs, two wait, the next is refused at once, over every way."""
     with busy(served, waiting(), waiting()):
-        time.sleep(0.5)  # the two are on their way
+        queued(served, 2)
         with pytest.raises(Overloaded, match=r"3 sequences .* the limit is 3"):
             pipe("fox", max_tokens=2)
         assert failure(served.ask(request("single", "fox"))).startswith("Overloaded: ")
@@ -138,9 +139,9 @@ def test_cancel_by_grpc(served, idle, pipe, stream):
 
 
 def test_cancel_while_queued(served, idle, pipe):
-    with busy(served, waiting(), waiting()) as (running, *queued):
-        time.sleep(0.5)
-        for call in queued:
+    with busy(served, waiting(), waiting()) as (running, *others):
+        queued(served, 2)
+        for call in others:
             call.cancel()
         late = request("single", "fox", max_tokens=2)
         for _ in range(50):  # until there is room to wait in again

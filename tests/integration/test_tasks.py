@@ -76,11 +76,18 @@ def test_http_infer_and_generate(server):
     assert status == 400 and "InvalidInput: dimensions" in text
 
 
+LONG = [f"{j} " + "long " * 200 for j in range(64)]
+"""A request that takes seconds."""
+
+
 def test_requests_are_gathered_and_a_bad_one_fails_alone(server):
+    """They are sent behind one that lets Triton's queue grow."""
     before = counters(server)
     texts = ["word " * 2000 if i % 8 == 0 else f"text number {i}" for i in range(64)]
-    with ThreadPoolExecutor(64) as pool:
+    with ThreadPoolExecutor(65) as pool:
+        slow = pool.submit(ask, server, LONG)
         found = list(pool.map(lambda text: tried(server, [text], truncate=False), texts))
+        assert slow.result().shape == (64, 384)
     after = counters(server)
     for i, answer in enumerate(found):
         if i % 8 == 0:
@@ -117,10 +124,6 @@ def test_what_waits_too_long_in_the_queue_is_refused(server):
         assert pipe("afterwards").shape == (384,)
 
 
-LONG = [f"{j} " + "long " * 200 for j in range(64)]
-"""A request that takes seconds."""
-
-
 def ended(server, reason, model="embed"):
     """How many requests have ended so."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=10) as answer:
@@ -136,13 +139,20 @@ def test_a_time_limit_ends_what_is_computed(server):
     assert ask(server, ["afterwards"]).shape == (1, 384)
 
 
+def under_way(server):
+    """To be called once idle; what it returns waits until the rank of embed computes again."""
+    _, (rank,) = server.family("embed")
+    idle = rank.cpu_times().user
+    return lambda: eventually(lambda: rank.cpu_times().user > idle + 0.1)
+
+
 def test_who_leaves_is_computed_no_more(server):
-    before = ended(server, "cancelled")
+    before, begun = ended(server, "cancelled"), under_way(server)
     tensor = InferInput("text", [64, 1], "BYTES")
     tensor.set_data_from_numpy(np.array([[text.encode()] for text in LONG], object))
     with InferenceServerClient(f"127.0.0.1:{server.port}") as client:
         call = client.async_infer("embed", [tensor], callback=lambda result, error: None)
-        time.sleep(0.4)  # it is under way
+        begun()
         call.cancel()
         eventually(lambda: ended(server, "cancelled") == before + 1)
     assert ask(server, ["afterwards"]).shape == (1, 384)
@@ -158,10 +168,11 @@ def test_overflow_over_http_is_503(server):
 def test_a_killed_rank_fails_what_is_under_way_and_comes_back(server):
     _, (rank,) = server.family("embed")
     expected = ask(server, ["before the end"])
+    begun = under_way(server)
     with ThreadPoolExecutor(8) as pool:
         texts = [[f"{i} {j} " + "long " * 100 for j in range(48)] for i in range(8)]
         waiting = [pool.submit(tried, server, each) for each in texts]
-        time.sleep(0.5)
+        begun()
         rank.kill()
         failures = [found for each in waiting if isinstance(found := each.result(), Exception)]
     assert failures and {error.status() for error in failures} == {"StatusCode.UNAVAILABLE"}

@@ -64,8 +64,8 @@ def test_answers_come_in_the_order_of_the_questions(group):
 
 def test_a_deferred_answer_does_not_hold_up_the_next_question(group):
     start = time.monotonic()
-    group.send("deferred", 0.5, "slow")
-    assert time.monotonic() - start < 0.4
+    group.send("deferred", 2.0, "slow")
+    assert time.monotonic() - start < 1.5
     assert group.receive(5) == ["slow", "slow"]
 
 
