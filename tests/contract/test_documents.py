@@ -1,4 +1,4 @@
-"""What README.md and docs/parameters.md say of parameters and of the client is true."""
+"""What README.md and docs/parameters.md say of parameters and of the client is true, and links lead somewhere."""
 
 import ast
 import builtins
@@ -70,3 +70,21 @@ def test_the_readmes_python_compiles_and_names_what_the_client_exports():
     made = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     used = {node.id for node in names if isinstance(node.ctx, ast.Load)}
     assert used <= made | imported | set(dir(builtins))
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/*.md")]
+
+
+def anchors(document):
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", document.read_text()):
+        path, _, anchor = link.partition("#")
+        there = document.parent / path if path else document
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
