@@ -15,7 +15,7 @@ import pytest
 
 from backend.config import EngineConfig
 from backend.errors import EngineDown, LoadError
-from backend.ranks.group import RankGroup
+from backend.ranks.group import RankGroup, environment
 
 FAKES = Path(__file__).parents[2] / "fakes"
 sys.path.insert(0, str(FAKES))
@@ -279,3 +279,12 @@ def test_large_questions_and_large_answers_do_not_keep_each_other_waiting():
         assert [group.receive(10)[0][0] for _ in range(3)] == [1, 2, 3]
     finally:
         group.close()
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "MALLOC_TRIM_THRESHOLD_", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+def test_what_suits_a_cpu_is_for_ranks_on_one_and_yields_to_the_environment(name, monkeypatch):
+    monkeypatch.delenv(name, raising=False)
+    given = {device: environment(EngineConfig(model="toy", device=device), 0).get(name) for device in ("cpu", "cuda")}
+    assert int(given["cpu"]) > 0 and given["cuda"] is None
+    monkeypatch.setenv(name, "7")
+    assert environment(EngineConfig(model="toy", device="cpu"), 0)[name] == "7"
