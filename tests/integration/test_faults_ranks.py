@@ -112,7 +112,7 @@ def test_loads_and_unloads_leak_nothing(served, tiny):
 
 
 def left(now, before):
-    """What there is more of, and what there was: of Triton's threads and descriptors, which connections take, one a load."""
+    """What there is more of, and what there was: of Triton's threads and descriptors, which connections take, LOADS."""
     pairs = zip(now, before, strict=True)
     return [(new, old) for new, old in pairs if not (new < old + LOADS if isinstance(new, int) else new <= old)]
 
